@@ -1,0 +1,43 @@
+// What the kernel files of one tier call in each other.
+#pragma once
+
+#include "cpu/kernels/tiers.h"
+
+#define PBM_STRINGIZE_(x) #x
+#define PBM_STRINGIZE(x) PBM_STRINGIZE_(x)
+#define PBM_TIER_NAME PBM_STRINGIZE(PBM_TIER)
+
+namespace pbm::PBM_TIER {
+
+#if PBM_TIER_LEVEL >= 2
+// 24 accumulators. 8×3 is the most even in its loads (docs/design.md); few rows take 4 panels to have enough in flight.
+constexpr TileShape kTile = {8, 3, 6, 4};
+#else
+// 12 ymm accumulators, two for the panel of B, the broadcast.
+constexpr TileShape kTile = {6, 1, 3, 2};
+#endif
+
+void brgemm(const Brgemm& p, Flavour flavour, int rows, int panels);
+void gemm(const Gemm& g, Range m, Range n);
+void pack_b(const PackB& p, int64_t begin, int64_t end);
+void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);
+void column_sum(const ColumnSum& s, int64_t begin, int64_t end);
+
+// Rows [begin, end) of A in the flavour's dtype, lanes zero-padded, row i at out + (i - begin)·row_bytes.
+void convert_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row_bytes);
+
+// Accumulators of rows × (up to 64) columns to C.
+struct EpilogueTile {
+  const void* acc;
+  int64_t ld_acc;
+  int rows;               // of C
+  int64_t row, col;       // of C, where the tile starts
+  int64_t columns;        // that exist
+  const float* row_scale;       // of the first row; u8s8 only, as are the next two
+  const int32_t* row_zero;
+  const int32_t* column_sums;   // of the first column
+  int64_t column_sums_panel;    // int32s from one panel's sums to the next
+};
+void epilogue(const Gemm& g, const EpilogueTile& t);
+
+}  // namespace pbm::PBM_TIER

@@ -1,0 +1,171 @@
+// Matrices into what brgemm reads: panels of B, rows of A.
+#include "cpu/kernels/convert.h"
+#include "cpu/kernels/impl.h"
+
+namespace pbm::PBM_TIER {
+namespace {
+
+PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// `count` consecutive elements from `base[i...]`, at most one register of lanes (16, 32 or 64 by flavour), zero-padded.
+template <Flavour F, DType T>
+PBM_INLINE IVec lanes_from(const void* base, int64_t i, int64_t count) {
+  if constexpr (F == Flavour::f32) {
+    return as_int(load16_n<T>(base, i, static_cast<int>(count)));
+  } else {
+    alignas(64) uint16_t half[32] = {};
+    alignas(64) char bytes[64] = {};
+    if constexpr (F == Flavour::u8s8) {
+      if (count == 64) return iload(static_cast<const char*>(base) + i);
+      std::memcpy(bytes, static_cast<const char*>(base) + i, count);
+      return iload(bytes);
+    } else if constexpr (T == DType::bf16) {
+      const uint16_t* p = static_cast<const uint16_t*>(base) + i;
+      if (count == 32) return iload(p);
+      std::memcpy(half, p, count * 2);
+      return iload(half);
+    } else {
+      store_bf16(half, load16_n<T>(base, i, static_cast<int>(min64(count, 16))));
+      if (count > 16) store_bf16(half + 16, load16_n<T>(base, i + 16, static_cast<int>(count - 16)));
+      return iload(half);
+    }
+  }
+}
+
+// B's columns are contiguous along k, as a weight (N, K) is: blocks of 16 columns × 16 lanes, transposed.
+template <Flavour F, DType T>
+void pack_columns(const PackB& p, int64_t j0, char* out) {
+  constexpr int64_t kBlock = 16 * k_per_lane(F);
+  const int64_t columns = min64(kPanel, p.n - j0);
+  for (int64_t k = 0; k < p.k; k += kBlock) {
+    const int64_t count = min64(kBlock, p.k - k);
+    IVec r[16];
+    for (int64_t j = 0; j < 16; j++)
+      r[j] = j < columns ? lanes_from<F, T>(p.b, (j0 + j) * p.b_col + k, count) : izero();
+    transpose16(r);
+    const int64_t groups = ceil_div(count, k_per_lane(F));
+    for (int64_t l = 0; l < groups; l++) istore(out + l * kGroupBytes, r[l]);
+    out += 16 * kGroupBytes;
+  }
+}
+
+// B's rows are contiguous along n.
+template <Flavour F, DType T>
+void pack_rows(const PackB& p, int64_t j0, char* out) {
+  const int n = static_cast<int>(min64(kPanel, p.n - j0));
+  for (int64_t k = 0; k < p.k; k += k_per_lane(F), out += kGroupBytes) {
+    const Vec even = load16_n<T>(p.b, k * p.b_row + j0, n);
+    if constexpr (F == Flavour::f32) {
+      istore(out, as_int(even));
+    } else {
+      const Vec odd = k + 1 < p.k ? load16_n<T>(p.b, (k + 1) * p.b_row + j0, n) : zero();
+      istore(out, ior(bf16_bits(even), shl<16>(bf16_bits(odd))));
+    }
+  }
+}
+
+void sum_columns(const char* panel, int64_t groups, char* out) {
+  int32_t sums[16] = {};
+  for (int64_t l = 0; l < groups; l++)
+    for (int j = 0; j < 16; j++)
+      for (int q = 0; q < 4; q++) sums[j] += static_cast<int8_t>(panel[l * kGroupBytes + 4 * j + q]);
+  std::memcpy(out, sums, 64);
+}
+
+template <Flavour F, DType T>
+void pack_panel(const PackB& p, int64_t j0, char* out) {
+  if (p.b_row == 1 || F == Flavour::u8s8) return pack_columns<F, T>(p, j0, out);
+  if constexpr (F != Flavour::u8s8) pack_rows<F, T>(p, j0, out);
+}
+
+// A(i, p) with rows contiguous along i (a transposed matrix): 16×16 blocks.
+template <Flavour F, DType T>
+void transpose_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row_bytes) {
+  for (int64_t i = begin; i < end; i += 16) {
+    const int rows = static_cast<int>(min64(16, end - i));
+    for (int64_t k = 0; k < g.k; k += 16) {
+      const int64_t count = min64(16, g.k - k);
+      IVec r[16];
+      for (int64_t q = 0; q < 16; q++)
+        r[q] = q < count ? as_int(load16_n<T>(g.a, (k + q) * g.a_col + i, rows)) : izero();
+      transpose16(r);
+      for (int q = 0; q < rows; q++) {
+        char* row = out + (i - begin + q) * row_bytes;
+        if constexpr (F == Flavour::f32) {
+          store_n(reinterpret_cast<float*>(row) + k, as_float(r[q]), static_cast<int>(count));
+        } else {
+          uint16_t half[16];
+          store_bf16(half, as_float(r[q]));
+          // A last odd element takes its zero partner along: the row is padded to whole lanes.
+          std::memcpy(row + k * 2, half, (count + 1) / 2 * 4);
+        }
+      }
+    }
+  }
+}
+
+template <Flavour F, DType T>
+void copy_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row_bytes) {
+  constexpr int64_t kBlock = 16 * k_per_lane(F);
+  for (int64_t i = begin; i < end; i++, out += row_bytes) {
+    int64_t k = 0;
+    for (; k + kBlock <= g.k; k += kBlock)
+      istore(out + k / k_per_lane(F) * 4, lanes_from<F, T>(g.a, i * g.a_row + k, kBlock));
+    if (k < g.k) {
+      alignas(64) char last[64];
+      istore(last, lanes_from<F, T>(g.a, i * g.a_row + k, g.k - k));
+      std::memcpy(out + k / k_per_lane(F) * 4, last, ceil_div(g.k - k, k_per_lane(F)) * 4);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_b(const PackB& p, int64_t begin, int64_t end) {
+  const int64_t groups = panel_groups(p.k, p.flavour);
+  const int64_t panel_bytes = (groups + p.column_sums) * kGroupBytes;
+  for (int64_t j = begin; j < end; j++) {
+    char* out = static_cast<char*>(p.out) + j * panel_bytes;
+    if (p.flavour == Flavour::u8s8) {
+      pack_panel<Flavour::u8s8, DType::s8>(p, j * kPanel, out);
+    } else {
+      with_float_dtype(p.b_dtype, [&]<DType T>() {
+        p.flavour == Flavour::f32 ? pack_panel<Flavour::f32, T>(p, j * kPanel, out)
+                                  : pack_panel<Flavour::bf16, T>(p, j * kPanel, out);
+      });
+    }
+    if (p.column_sums) sum_columns(out, groups, out + groups * kGroupBytes);
+  }
+}
+
+void convert_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row_bytes) {
+  with_float_dtype(g.a_dtype, [&]<DType T>() {
+    const bool rows = g.a_col == 1;
+    if (g.flavour == Flavour::f32) {
+      rows ? copy_rows<Flavour::f32, T>(g, begin, end, out, row_bytes)
+           : transpose_rows<Flavour::f32, T>(g, begin, end, out, row_bytes);
+    } else {
+      rows ? copy_rows<Flavour::bf16, T>(g, begin, end, out, row_bytes)
+           : transpose_rows<Flavour::bf16, T>(g, begin, end, out, row_bytes);
+    }
+  });
+}
+
+void column_sum(const ColumnSum& s, int64_t begin, int64_t end) {
+  constexpr int64_t kBlockRows = 64;  // sums of sums: the rounding error grows with √(rows/64), not with √rows
+  with_float_dtype(s.dtype, [&]<DType T>() {
+    for (int64_t j = begin; j < end; j += kWidth) {
+      const int n = static_cast<int>(min64(kWidth, end - j));
+      Vec total = zero();
+      for (int64_t i0 = 0; i0 < s.rows; i0 += kBlockRows) {
+        Vec block = zero();
+        for (int64_t i = i0; i < min64(i0 + kBlockRows, s.rows); i++)
+          block = add(block, load16_n<T>(s.x, i * s.row + j, n));
+        total = add(total, block);
+      }
+      with_float_dtype(s.out_dtype, [&]<DType O>() { store16_n<O>(s.out, j, total, n); });
+    }
+  });
+}
+
+}  // namespace pbm::PBM_TIER

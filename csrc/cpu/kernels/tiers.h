@@ -1,0 +1,38 @@
+// The kernels of the active tier.
+#pragma once
+
+#include "common/isa.h"
+#include "cpu/kernels/brgemm.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/quantize.h"
+
+namespace pbm {
+
+struct Kernels {
+  Isa isa;
+  TileShape tile;
+  // rows ≤ tile.max_rows, panels ≤ what the tile shape allows for that many rows.
+  void (*brgemm)(const Brgemm&, Flavour, int rows, int panels);
+  // Rows [m.begin, m.end) and columns [n.begin, n.end) of the product; n.begin is a multiple of 16.
+  void (*gemm)(const Gemm&, Range m, Range n);
+  // Panels [begin, end).
+  void (*pack_b)(const PackB&, int64_t begin, int64_t end);
+  void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);
+  // out[j] = Σ_i x[i·row + j], summed in blocks; columns [begin, end).
+  void (*column_sum)(const ColumnSum&, int64_t begin, int64_t end);
+};
+
+const Kernels& kernels();          // of active_isa()
+const Kernels& kernels_of(Isa isa);
+
+#define PBM_DECLARE_TIER(tier) \
+  namespace tier {             \
+  extern const Kernels table;  \
+  }
+PBM_DECLARE_TIER(scalar)
+PBM_DECLARE_TIER(avx2)
+PBM_DECLARE_TIER(avx512)
+PBM_DECLARE_TIER(avx512_bf16)
+#undef PBM_DECLARE_TIER
+
+}  // namespace pbm

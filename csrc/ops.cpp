@@ -1,0 +1,18 @@
+// The schema of every op: the table of contents of the library. All are functional; docstrings are in pybigmodel/ops.
+#include "common/checks.h"
+
+// clang-format off
+STABLE_TORCH_LIBRARY(pybigmodel, m) {
+  // --- linear: y = act(x·Wᵀ + bias) + residual. activation: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu; precision: 0 fp32, 1 bf16
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, int precision) -> Tensor");
+  m.def("linear_backward(Tensor grad_output, Tensor input, Tensor weight, int precision, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("pack_linear_weight(Tensor weight, int precision) -> Tensor");
+  m.def("linear_packed(Tensor input, Tensor packed_weight, int out_features, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+
+  // --- int8: y = act(scale_row·scale_col·Σ(q − zero_point)·w + bias) + residual
+  m.def("quantize_per_token(Tensor input, bool symmetric) -> (Tensor, Tensor, Tensor)");
+  m.def("pack_int8_linear_weight(Tensor weight) -> Tensor");
+  m.def("int8_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int activation, bool symmetric) -> Tensor");
+  m.def("int8_weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+}
+// clang-format on

@@ -1,0 +1,21 @@
+"""The ops: typed functions over ``torch.ops.pybigmodel``, one file per family."""
+
+from pybigmodel.ops.int8_linear import (
+    int8_linear,
+    int8_weight_only_linear,
+    pack_int8_linear_weight,
+    quantize_per_token,
+    quantize_weight,
+)
+from pybigmodel.ops.linear import linear, linear_packed, pack_linear_weight
+
+__all__ = [
+    "int8_linear",
+    "int8_weight_only_linear",
+    "linear",
+    "linear_packed",
+    "pack_int8_linear_weight",
+    "pack_linear_weight",
+    "quantize_per_token",
+    "quantize_weight",
+]

@@ -1,0 +1,231 @@
+"""Linear layers with int8 weights: dynamic int8 activations, or weights only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pybigmodel.ops._common import (
+    FLOAT_DTYPES,
+    GROUP_BYTES,
+    MAX_INT8_K,
+    PANEL,
+    Activation,
+    activation_code,
+    ceil_div,
+    check_epilogue,
+    check_input,
+)
+
+_ops = torch.ops.pybigmodel
+_quantize_per_token = _ops.quantize_per_token.default
+_pack_int8_linear_weight = _ops.pack_int8_linear_weight.default
+_int8_linear = _ops.int8_linear.default
+_int8_weight_only_linear = _ops.int8_weight_only_linear.default
+
+
+def quantize_per_token(input: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the last dimension to integers: x ≈ s·(q − z), one s and z a row.
+
+    Symmetric: q in [−127, 127] (int8), s = max|x|/127, z = 0. Asymmetric: q in [0, 255] (uint8),
+    s = (max − min)/255 over the range that holds zero, z = round(−min/s).
+
+    Args:
+        input: (..., k), float32, bfloat16 or float16.
+        symmetric: whether zero points are wanted to be zero.
+
+    Returns:
+        q (..., k) int8 or uint8; scale (...) float32; zero_point (...) int32.
+
+    Numerics: rounding to nearest even, |x − s·(q − z)| ≤ s/2 (at the range's ends ≤ s). A row of
+    zeros has s = 1; a row with NaN or infinity has s = NaN: what is computed from it is NaN.
+
+    Raises:
+        RuntimeError: input is not floating or has no dimension.
+    """
+    q, scale, zero_point = _quantize_per_token(input, symmetric)
+    return q, scale, zero_point
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) to int8 per output channel: w ≈ s_n·q, q in [−127, 127].
+
+    Returns:
+        q (N, K) int8, scale (N,) float32; |w − s·q| ≤ s/2.
+
+    Raises:
+        ValueError: the weight is not a floating matrix, or has NaN or infinity in it.
+    """
+    if weight.dim() != 2 or weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            "quantize_weight: weight must be a float32, bfloat16 or float16 matrix, got "
+            f"{weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    q, scale, _ = quantize_per_token(weight.detach(), symmetric=True)
+    bad = scale.isnan().nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"quantize_weight: weight has NaN or infinity in {bad.shape[0]} of its rows, "
+            f"the first being row {int(bad[0])}"
+        )
+    return q, scale
+
+
+def pack_int8_linear_weight(weight: Tensor) -> Tensor:
+    """An int8 weight (N, K) in the layout that the int8 ops read: (⌈N/16⌉, ⌈K/4⌉ + 1, 64) int8.
+
+    Panels of 16 output features, each a sequence of 64-byte groups with 4 consecutive k a feature;
+    the last group of a panel holds the int32 sums of its columns, which zero points need.
+
+    Raises:
+        RuntimeError: weight is not an int8 matrix, or K > 65793 (int32 sums could overflow).
+    """
+    packed: Tensor = _pack_int8_linear_weight(weight)
+    return packed
+
+
+def int8_linear(
+    input: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    symmetric: bool = False,
+) -> Tensor:
+    """Linear transformation in int8 with activations quantised on the way; for inference.
+
+    ``y = act(s_row·s_n·Σ_k (q − z_row)·w + b) + r``, where q, s_row and z_row come from
+    :func:`quantize_per_token`, inside the op.
+
+    Args:
+        input: (..., in_features), float32, bfloat16 or float16, any strides.
+        packed_weight: from :func:`pack_int8_linear_weight`.
+        weight_scale: (out_features,) float32.
+        bias: (out_features,), input's dtype or float32.
+        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        residual: the output's shape and dtype, added last.
+        symmetric: quantise activations to [−127, 127] instead of [0, 255] with a zero point.
+
+    Returns:
+        (..., out_features), input's dtype.
+
+    Numerics: integer sums are exact (int32, in_features ≤ 65793); everything after them is fp32.
+    A row of input with NaN or infinity gives NaN.
+
+    Raises:
+        RuntimeError: a wrong dtype, shape or device, naming the argument; no gradient.
+    """
+    y: Tensor = _int8_linear(
+        input,
+        packed_weight,
+        weight_scale,
+        bias,
+        residual,
+        activation_code(activation),
+        symmetric,
+    )
+    return y
+
+
+def int8_weight_only_linear(
+    input: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Linear transformation with int8 weights and activations as they are; for inference.
+
+    ``y = act(s_n·Σ_k x·w + b) + r``. For few rows (decoding), where reading the weight is the cost.
+    Arguments as for :func:`int8_linear`.
+
+    Numerics: on the CPU each row of input becomes 24-bit fixed point relative to its largest
+    magnitude, |error| ≤ 2⁻²³·max|x| an element, and the integer sums are exact: the error is that
+    of an fp32 product, not of int8 activations. A row with NaN or infinity gives NaN.
+
+    Raises:
+        RuntimeError: a wrong dtype, shape or device, naming the argument; no gradient.
+    """
+    y: Tensor = _int8_weight_only_linear(
+        input, packed_weight, weight_scale, bias, residual, activation_code(activation)
+    )
+    return y
+
+
+# --- fake kernels ------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("pybigmodel::quantize_per_token")
+def _quantize_per_token_fake(input: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    check_input("quantize_per_token", input)
+    return (
+        input.new_empty(input.shape, dtype=torch.int8 if symmetric else torch.uint8),
+        input.new_empty(input.shape[:-1], dtype=torch.float32),
+        input.new_empty(input.shape[:-1], dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("pybigmodel::pack_int8_linear_weight")
+def _pack_int8_linear_weight_fake(weight: Tensor) -> Tensor:
+    op = "pack_int8_linear_weight"
+    torch._check(weight.dtype == torch.int8, lambda: f"{op}: weight must be int8")
+    torch._check(weight.dim() == 2, lambda: f"{op}: weight must have 2 dimensions")
+    n, k = weight.shape
+    torch._check(k <= MAX_INT8_K, lambda: f"{op}: in_features must be at most {MAX_INT8_K}")
+    return weight.new_empty((ceil_div(n, PANEL), ceil_div(k, 4) + 1, GROUP_BYTES))
+
+
+def _product_fake(
+    op: str,
+    input: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    check_input(op, input)
+    torch._check(packed_weight.dtype == torch.int8, lambda: f"{op}: packed_weight must be int8")
+    torch._check(packed_weight.dim() == 3, lambda: f"{op}: packed_weight must have 3 dimensions")
+    torch._check(
+        weight_scale.dtype == torch.float32, lambda: f"{op}: weight_scale must be float32"
+    )
+    torch._check(weight_scale.dim() == 1, lambda: f"{op}: weight_scale must have 1 dimension")
+    n, k = weight_scale.shape[0], input.shape[-1]
+    torch._check(k <= MAX_INT8_K, lambda: f"{op}: in_features must be at most {MAX_INT8_K}")
+    for axis, expected in enumerate((ceil_div(n, PANEL), ceil_div(k, 4) + 1, GROUP_BYTES)):
+        torch._check(
+            packed_weight.shape[axis] == expected,
+            lambda: f"{op}: packed_weight does not hold in_features = {k}, out_features = {n}",
+        )
+    check_epilogue(op, input, n, bias, residual)
+    return input.new_empty((*input.shape[:-1], n))
+
+
+@torch.library.register_fake("pybigmodel::int8_linear")
+def _int8_linear_fake(
+    input: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    symmetric: bool,
+) -> Tensor:
+    return _product_fake("int8_linear", input, packed_weight, weight_scale, bias, residual)
+
+
+@torch.library.register_fake("pybigmodel::int8_weight_only_linear")
+def _int8_weight_only_linear_fake(
+    input: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> Tensor:
+    op = "int8_weight_only_linear"
+    return _product_fake(op, input, packed_weight, weight_scale, bias, residual)

@@ -1,4 +1,5 @@
 // `pybigmodel._native`: CPU features, the tier of kernels in force, build facts, machine peaks. No tensors.
+#include <malloc.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,6 +61,14 @@ std::map<std::string, std::string> build_info() {
           {"commit", PBM_COMMIT},      {"torch_abi", PBM_TORCH_TARGET}};
 }
 
+// glibc gives blocks above its mmap threshold back to the kernel when they are freed, and every use of the next such
+// output then costs a page fault for each 4 KiB: for large outputs more than the computing.
+void retain_memory() {
+  constexpr int kHalf = 1 << 30;
+  if (!mallopt(M_MMAP_THRESHOLD, kHalf) || !mallopt(M_TRIM_THRESHOLD, kHalf))
+    throw std::runtime_error("retain_memory: mallopt refused; is another allocator than glibc's preloaded?");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -70,6 +79,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("force_isa", force_isa, py::arg("isa"), "Use this tier from now on; None: the best one.");
   m.def("last_kernel", [] { return pbm::last_kernel(); }, "The kernel that ran last and its tier.");
   m.def("num_threads", pbm::num_threads, "Threads of torch's pool, on which every op runs.");
+  m.def("retain_memory", retain_memory, "From now on the process keeps freed memory for reuse.");
   m.def("build_info", build_info, "Compiler, flags, CUDA architectures, commit, torch ABI target.");
   m.def("measure_peak", [](const std::string& kind, double seconds) {
     const int k = peak_kind(kind);

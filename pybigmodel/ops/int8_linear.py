@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pybigmodel.ops._autocast import register_autocast
 from pybigmodel.ops._common import (
     FLOAT_DTYPES,
     GROUP_BYTES,
@@ -15,6 +16,7 @@ from pybigmodel.ops._common import (
     ceil_div,
     check_epilogue,
     check_input,
+    refuse_gradient,
 )
 
 _ops = torch.ops.pybigmodel
@@ -115,8 +117,10 @@ def int8_linear(
     A row of input with NaN or infinity gives NaN.
 
     Raises:
-        RuntimeError: a wrong dtype, shape or device, naming the argument; no gradient.
+        RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
+            are recorded, naming the argument.
     """
+    refuse_gradient("int8_linear", input=input, bias=bias, residual=residual)
     y: Tensor = _int8_linear(
         input,
         packed_weight,
@@ -148,15 +152,17 @@ def int8_weight_only_linear(
     of an fp32 product, not of int8 activations. A row with NaN or infinity gives NaN.
 
     Raises:
-        RuntimeError: a wrong dtype, shape or device, naming the argument; no gradient.
+        RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
+            are recorded, naming the argument.
     """
+    refuse_gradient("int8_weight_only_linear", input=input, bias=bias, residual=residual)
     y: Tensor = _int8_weight_only_linear(
         input, packed_weight, weight_scale, bias, residual, activation_code(activation)
     )
     return y
 
 
-# --- fake kernels ------------------------------------------------------------------------------------
+# --- fake kernels -------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("pybigmodel::quantize_per_token")
@@ -190,9 +196,7 @@ def _product_fake(
     check_input(op, input)
     torch._check(packed_weight.dtype == torch.int8, lambda: f"{op}: packed_weight must be int8")
     torch._check(packed_weight.dim() == 3, lambda: f"{op}: packed_weight must have 3 dimensions")
-    torch._check(
-        weight_scale.dtype == torch.float32, lambda: f"{op}: weight_scale must be float32"
-    )
+    torch._check(weight_scale.dtype == torch.float32, lambda: f"{op}: weight_scale must be float32")
     torch._check(weight_scale.dim() == 1, lambda: f"{op}: weight_scale must have 1 dimension")
     n, k = weight_scale.shape[0], input.shape[-1]
     torch._check(k <= MAX_INT8_K, lambda: f"{op}: in_features must be at most {MAX_INT8_K}")
@@ -229,3 +233,9 @@ def _int8_weight_only_linear_fake(
 ) -> Tensor:
     op = "int8_weight_only_linear"
     return _product_fake(op, input, packed_weight, weight_scale, bias, residual)
+
+
+# --- autocast: all but the weight's scales, which stay float32 -----------------------------------
+
+register_autocast("int8_linear", (0, 3, 4))
+register_autocast("int8_weight_only_linear", (0, 3, 4))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pybigmodel.ops._autocast import register_autocast
 from pybigmodel.ops._common import (
     FLOAT_DTYPES,
     PANEL,
@@ -17,6 +18,7 @@ from pybigmodel.ops._common import (
     check_epilogue,
     check_input,
     precision_code,
+    refuse_gradient,
 )
 from pybigmodel.reference.linear import ACTIVATION_FUNCTIONS
 
@@ -58,7 +60,7 @@ def linear(
     bfloat16 products treat subnormals as zero on the avx512_bf16 tier.
 
     Raises:
-        RuntimeError: a wrong dtype, shape or device, naming the argument.
+        RuntimeError: a wrong dtype, shape or device, naming the argument; a second derivative.
         ValueError: an unknown activation or precision.
 
     Source: Georganas et al., "High-Performance Deep Learning via a Single Building Block", 2020.
@@ -88,8 +90,10 @@ def linear_packed(
     GELU and SiLU: relative error below 1e-6 of the fp32 result.
 
     Raises:
-        RuntimeError: a wrong dtype, shape or device, naming the argument; no gradient.
+        RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
+            are recorded, naming the argument.
     """
+    refuse_gradient("linear_packed", input=input, bias=bias, residual=residual)
     y: Tensor = _linear_packed(
         input, packed_weight, out_features, bias, residual, activation_code(activation)
     )
@@ -111,7 +115,7 @@ def pack_linear_weight(weight: Tensor, precision: Precision = "fp32") -> Tensor:
     return packed
 
 
-# --- fake kernels ------------------------------------------------------------------------------------
+# --- fake kernels -------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("pybigmodel::linear")
@@ -130,8 +134,10 @@ def _check_linear(op: str, input: Tensor, weight: Tensor) -> None:
     )
     torch._check(
         input.shape[-1] == weight.shape[1],
-        lambda: f"{op}: input's last dimension must be in_features = {weight.shape[1]}, "
-        f"got input of shape {tuple(input.shape)}",
+        lambda: (
+            f"{op}: input's last dimension must be in_features = {weight.shape[1]}, "
+            f"got input of shape {tuple(input.shape)}"
+        ),
     )
 
 
@@ -198,7 +204,7 @@ def _linear_packed_fake(
     return input.new_empty((*input.shape[:-1], out_features))
 
 
-# --- autograd ----------------------------------------------------------------------------------------
+# --- autograd -----------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -223,3 +229,15 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("pybigmodel::linear", _backward, setup_context=_setup_context)
+
+
+def _no_second_gradient(ctx: Any, *grad_outputs: Tensor) -> None:
+    raise RuntimeError("pybigmodel.ops.linear: the gradient of its gradient is not implemented")
+
+
+torch.library.register_autograd("pybigmodel::linear_backward", _no_second_gradient)
+
+# --- autocast: all but packed weights, whose dtype chooses the products --------------------------
+
+register_autocast("linear", (0, 1, 2))
+register_autocast("linear_packed", (0, 3, 4))

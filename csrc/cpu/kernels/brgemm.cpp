@@ -112,6 +112,10 @@ PBM_INLINE uint32_t lane_of(const char* p, int64_t bytes) {
   return lane;
 }
 
+// How far ahead B is fetched: 32 groups are 100 to 400 cycles, what L2 or L3 take to answer. Without it the hardware's
+// prefetchers fall behind at every page; 16 and 64 groups were slower (docs/design.md).
+constexpr int64_t kPrefetch = 32 * kGroupBytes;
+
 template <Flavour F, int MR, int NV>
 void tile(const Brgemm& p) {
   using D = Dot<F>;
@@ -126,7 +130,10 @@ void tile(const Brgemm& p) {
     const char* b = p.b + (p.b_offset ? p.b_offset[i] : 0);
     for (int64_t l = 0; l < lanes; l++) {
       typename D::B bv[NV];
-      PBM_UNROLL for (int j = 0; j < NV; j++) bv[j] = D::load_b(b + j * b_panel);
+      PBM_UNROLL for (int j = 0; j < NV; j++) {
+        bv[j] = D::load_b(b + j * b_panel);
+        __builtin_prefetch(b + j * b_panel + kPrefetch, 0, 3);
+      }
       PBM_UNROLL for (int r = 0; r < MR; r++) {
         const typename D::A av = D::broadcast(lane_of(a + r * lda, 4));
         PBM_UNROLL for (int j = 0; j < NV; j++) acc[r][j] = D::step(acc[r][j], av, bv[j]);

@@ -9,6 +9,7 @@ namespace {
 
 enum class Source { fp32, int32, digits };
 
+// The scales are applied one by one: their product may be subnormal where y is not (rows of 1e-30, weights of 1e-3).
 template <Source S>
 PBM_INLINE Vec dequantise(const EpilogueTile& t, int r, int64_t j, IVec column_sum, Vec col_scale) {
   const char* acc = static_cast<const char*>(t.acc);
@@ -17,13 +18,13 @@ PBM_INLINE Vec dequantise(const EpilogueTile& t, int r, int64_t j, IVec column_s
   } else if constexpr (S == Source::int32) {
     const IVec raw = iload(acc + (r * t.ld_acc + j) * 4);
     const IVec exact = isub(raw, imul(column_sum, iset1(t.row_zero[r])));
-    return mul(to_float(exact), mul(col_scale, set1(t.row_scale[r])));
+    return mul(mul(to_float(exact), col_scale), set1(t.row_scale[r]));
   } else {
     const char* digit = acc + (3 * r * t.ld_acc + j) * 4;
     const IVec high = isub(iload(digit), imul(column_sum, iset1(128)));
     const Vec middle = to_float(iload(digit + t.ld_acc * 4)), low = to_float(iload(digit + t.ld_acc * 8));
     const Vec sum = fmadd(to_float(high), set1(65536.f), fmadd(middle, set1(256.f), low));
-    return mul(sum, mul(col_scale, set1(t.row_scale[r])));
+    return mul(mul(sum, col_scale), set1(t.row_scale[r]));
   }
 }
 

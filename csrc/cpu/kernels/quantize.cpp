@@ -13,38 +13,49 @@ struct RowRange {
 
 template <DType T>
 RowRange range_of(const void* x, int64_t at, int64_t k) {
-  Vec low = zero(), high = zero(), poison = zero();
+  constexpr int kChains = 4;  // min, max and the sum take 4 cycles each to answer
+  Vec low[kChains], high[kChains], poison[kChains];
+  PBM_UNROLL for (int c = 0; c < kChains; c++) low[c] = high[c] = poison[c] = zero();
   // x·0 is 0 for every finite x and NaN for the rest, which min and max would hide.
-  for (int64_t p = 0; p < k; p += kWidth) {
-    const Vec v = load16_n<T>(x, at + p, static_cast<int>(k - p < kWidth ? k - p : kWidth));
-    low = vmin(low, v);
-    high = vmax(high, v);
-    poison = fmadd(v, zero(), poison);
+  const auto take = [&](int c, Vec v) __attribute__((always_inline)) {
+    low[c] = vmin(low[c], v);
+    high[c] = vmax(high[c], v);
+    poison[c] = fmadd(v, zero(), poison[c]);
+  };
+  int64_t p = 0;
+  for (; p + kChains * kWidth <= k; p += kChains * kWidth)
+    PBM_UNROLL for (int c = 0; c < kChains; c++) take(c, load16<T>(x, at + p + c * kWidth));
+  for (; p < k; p += kWidth) take(0, load16_n<T>(x, at + p, static_cast<int>(k - p < kWidth ? k - p : kWidth)));
+  PBM_UNROLL for (int c = 1; c < kChains; c++) {
+    low[0] = vmin(low[0], low[c]);
+    high[0] = vmax(high[0], high[c]);
+    poison[0] = add(poison[0], poison[c]);
   }
-  return {reduce_min(low), reduce_max(high), reduce_add(poison) == 0.f};
+  return {reduce_min(low[0]), reduce_max(high[0]), reduce_add(poison[0]) == 0.f};
 }
 
-// Writes q = clamp(round(x·inverse) + offset, lowest, highest), one byte each, for one row.
-struct ByteRule {
-  float inverse, offset, lowest, highest;
-};
-
-template <DType T>
-void quantize_bytes(const QuantizeRows& q, int64_t at, uint8_t* out, const ByteRule& rule) {
-  const Vec scale = set1(rule.inverse), offset = set1(rule.offset);
-  const Vec lowest = set1(rule.lowest), highest = set1(rule.highest);
-  for (int64_t p = 0; p < q.k; p += kWidth) {
-    const int n = static_cast<int>(q.k - p < kWidth ? q.k - p : kWidth);
-    const Vec v = load16_n<T>(q.x, at + p, n);
-    const Vec r = add(round_even(mul(v, scale)), offset);  // may reach highest + 1
-    const IVec u = to_int(vmin(vmax(r, lowest), highest));
-    if (n == kWidth) {
-      narrow_u8(out + p, u);
-    } else {
-      uint8_t last[16];
-      narrow_u8(last, u);
-      std::memcpy(out + p, last, n);
+// Writes q = round(x·inverse) + offset, saturated to a byte, for one row.
+template <DType T, bool Signed>
+void quantize_bytes(const QuantizeRows& q, int64_t at, uint8_t* out, float inverse, int32_t offset) {
+  const Vec scale = set1(inverse);
+  const IVec shift = iset1(offset);
+  const auto integer = [&](Vec v) __attribute__((always_inline)) { return iadd(to_int(mul(v, scale)), shift); };
+  int64_t p = 0;
+  for (; p + 4 * kWidth <= q.k; p += 4 * kWidth) {
+    IVec r[4];
+    PBM_UNROLL for (int c = 0; c < 4; c++) r[c] = integer(load16<T>(q.x, at + p + c * kWidth));
+    saturate_bytes<Signed>(out + p, r);
+  }
+  if (p < q.k) {
+    IVec r[4];
+    for (int c = 0; c < 4; c++) {
+      const int64_t left = q.k - p - c * kWidth;
+      r[c] = left > 0 ? integer(load16_n<T>(q.x, at + p + c * kWidth, static_cast<int>(left < kWidth ? left : kWidth)))
+                      : izero();
     }
+    alignas(64) uint8_t last[64];
+    saturate_bytes<Signed>(last, r);
+    std::memcpy(out + p, last, q.k - p);
   }
   if (q.q_padded > q.k) std::memset(out + q.k, 0, q.q_padded - q.k);
 }
@@ -54,8 +65,9 @@ void quantize_digits(const QuantizeRows& q, int64_t at, uint8_t* out, float inve
   const Vec scale = set1(inverse);
   for (int64_t p = 0; p < q.k; p += kWidth) {
     const int n = static_cast<int>(q.k - p < kWidth ? q.k - p : kWidth);
-    const IVec v = to_int(mul(load16_n<T>(q.x, at + p, n), scale));
-    const IVec biased = iadd(v, iset1(128 << 16));  // v in [-2^23, 2^23)
+    // A mantissa of 24 ones lies half a unit below 2^23 and would be rounded up to it, out of the digits' range.
+    const Vec scaled = vmin(mul(load16_n<T>(q.x, at + p, n), scale), set1(8388607.f));
+    const IVec biased = iadd(to_int(scaled), iset1(128 << 16));  // from [-2^23, 2^23)
     alignas(16) uint8_t digit[3][16];
     narrow_u8(digit[0], shr<16>(biased));
     narrow_u8(digit[1], iand(shr<8>(biased), iset1(255)));
@@ -67,7 +79,7 @@ void quantize_digits(const QuantizeRows& q, int64_t at, uint8_t* out, float inve
 }
 
 // 2^(e+1-23) for amax in [2^e, 2^(e+1)): a power of two, so that scaling is exact and the largest |x| stays below 2^23.
-// Below 2^-100 the scale stops shrinking: what is lost there is smaller than 2^-124.
+// Below 2^-100 the scale stops shrinking: what is lost there is at most 2^-123.
 float digit_scale(float amax) {
   uint32_t bits;
   const float bounded = amax < 0x1p-100f ? 0x1p-100f : amax;
@@ -105,10 +117,8 @@ void quantize_row(const QuantizeRows& q, int64_t i) {
     const float inverse = 1.f / scale;
     if (asymmetric) zero = static_cast<int32_t>(__builtin_nearbyintf(-range.low * inverse));
     zero = zero > 255 ? 255 : zero;
-    const float offset = static_cast<float>(zero);
-    const float reach = asymmetric ? 255.f : 127.f;
-    quantize_bytes<T>(q, at, out, {inverse, offset, asymmetric ? 0.f : offset - reach,
-                                   asymmetric ? reach : offset + reach});
+    q.kind == QuantKind::symmetric_s8 ? quantize_bytes<T, true>(q, at, out, inverse, 0)
+                                      : quantize_bytes<T, false>(q, at, out, inverse, zero);
   }
   q.scale[i] = scale;
   if (q.zero_point) q.zero_point[i] = zero;

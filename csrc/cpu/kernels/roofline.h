@@ -12,8 +12,7 @@ enum class PeakKind : int {
          // comes on top)
   int8,  // vpdpbusd; without it, exact 16-bit products (vpmaddwd and an add)
 };
-// On the scalar tier all three are multiplies and adds of the baseline's vectors: it is an oracle,
-// not a contender.
+// The scalar tier, an oracle and no contender, counts the baseline's mulps + addps and pmaddwd.
 
 #define PBM_DECLARE_ROOFLINE(tier)                                  \
   namespace tier {                                                  \
@@ -22,7 +21,7 @@ enum class PeakKind : int {
   }
 // measure_peak: operations a second, a multiply-add being two, from registers: the fastest of the
 // chunks of about 0.2 ms that `seconds` holds. 0 for a kind that does not exist.
-// measure_read_bandwidth: bytes a second, the mean of repeated passes over a buffer of `bytes`
+// measure_read_bandwidth: bytes a second, the median of repeated passes over a buffer of `bytes`
 // (rounded up to 4 KiB; it is allocated, written once and read once before timing). 0 if the
 // allocation fails.
 PBM_DECLARE_ROOFLINE(scalar)

@@ -354,6 +354,31 @@ PBM_INLINE void narrow_f16(uint16_t* p, Vec a) {
 #undef PBM_MAP
 #endif
 
+// 64 integers to bytes, saturated: to [0, 255], or [-128, 127] if Signed.
+template <bool Signed>
+PBM_INLINE void saturate_bytes(uint8_t* p, const IVec (&a)[4]) {
+#if PBM_TIER_LEVEL >= 2
+  const __m512i low = _mm512_packs_epi32(a[0].v, a[1].v), high = _mm512_packs_epi32(a[2].v, a[3].v);
+  const __m512i bytes = Signed ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+  // The packs work within 128-bit lanes: word 4l + i holds lane l of a[i].
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+#elif PBM_TIER_LEVEL == 1
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int i = 0; i < 4; i += 2) {
+    const __m256i low = _mm256_packs_epi32(a[i].lo, a[i].hi), high = _mm256_packs_epi32(a[i + 1].lo, a[i + 1].hi);
+    const __m256i bytes = Signed ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * i), _mm256_permutevar8x32_epi32(bytes, order));
+  }
+#else
+  constexpr int32_t kLow = Signed ? -128 : 0, kHigh = Signed ? 127 : 255;
+  for (int i = 0; i < 64; i++) {
+    const int32_t v = a[i / 16].v[i % 16];
+    p[i] = static_cast<uint8_t>(v < kLow ? kLow : v > kHigh ? kHigh : v);
+  }
+#endif
+}
+
 #if PBM_TIER_LEVEL >= 2
 PBM_INLINE void transpose16(IVec (&r)[16]) {
   __m512i t[16];

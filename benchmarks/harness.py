@@ -1,0 +1,169 @@
+"""Measures one group: all providers of a problem, interleaved with the roofline probe."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import cast
+
+import peers
+import torch
+from peers import Contender, Unavailable
+from record import Row, SystemLoad, commit, cpu_model
+from shapes import Problem
+
+from pybigmodel import _native
+from pybigmodel.testing import force_isa, roofline
+from pybigmodel.testing.timers import Timing, interleave
+
+Builder = Callable[[str, Problem], Contender]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: `rounds` turns of `seconds` for each provider."""
+
+    rounds: int = 5
+    seconds: float = 0.03
+
+
+@dataclass(frozen=True)
+class Measured:
+    row: Row
+    timing: Timing
+
+
+class Probe:
+    """The machine's limits for one problem, measured once a round."""
+
+    def __init__(self, problem: Problem, precisions: Iterable[str]) -> None:
+        self._problem = problem
+        self._peaks: dict[str, list[float]] = {precision: [] for precision in precisions}
+        self._bandwidths: list[float] = []
+
+    def __call__(self) -> None:
+        p = self._problem
+        for kind, peaks in self._peaks.items():
+            peaks.append(roofline.peak(cast(roofline.PeakKind, kind), p.threads, 0.005))
+        if p.streaming and p.weight_level is not None:
+            self._bandwidths.append(roofline.read_bandwidth(p.weight_level, p.threads, 0.015))
+
+    def peak(self, precision: str) -> float:
+        return statistics.median(self._peaks[precision])
+
+    @property
+    def bandwidth(self) -> float | None:
+        return statistics.median(self._bandwidths) if self._bandwidths else None
+
+
+class Group:
+    """The measurements of one problem by provider name.
+
+    `unavailable` holds the reasons by provider; `suspect` says what speaks against the figures.
+    """
+
+    def __init__(
+        self, problem: Problem, providers: Sequence[str], build: Builder, effort: Effort
+    ) -> None:
+        self.measured: dict[str, Measured] = {}
+        self.unavailable: dict[str, str] = {}
+        self.suspect: list[str] = []
+        before = torch.get_num_threads()
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, before)
+            torch.set_num_threads(problem.threads)
+            if problem.isa is not None:
+                stack.enter_context(force_isa(problem.isa))
+            stack.enter_context(torch.no_grad())
+            self._measure(problem, providers, build, effort)
+
+    def _measure(
+        self, problem: Problem, providers: Sequence[str], build: Builder, effort: Effort
+    ) -> None:
+        contenders: dict[str, Contender] = {}
+        for name in providers:
+            try:
+                contenders[name] = build(name, problem)
+            except Unavailable as reason:
+                self.unavailable[name] = str(reason)
+        if not contenders:
+            return
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        precisions = {c.precision or problem.precision for c in contenders.values()}
+        probe, load = Probe(problem, sorted(precisions)), SystemLoad()
+        timings = interleave(
+            {name: contender.calls for name, contender in contenders.items()},
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            between=probe,
+        )
+        others = load.others()
+        for name, timing in timings.items():
+            # Other threads' time is accounted in ticks of up to 4 ms, at both ends of a turn.
+            allowed = (problem.threads + 0.1) * timing.wall_seconds + 0.008 * effort.rounds
+            if timing.cpu_seconds > allowed:
+                self.suspect.append(
+                    f"{problem} {name}: {timing.cpu_over_wall:.2f} cores busy for "
+                    f"{problem.threads} threads: someone else's workers were spinning"
+                )
+        if others > 0.1:
+            self.suspect.append(f"{problem}: other processes used {others:.2f} cores meanwhile")
+        for name, timing in timings.items():
+            row = _row(problem, name, contenders[name], timing, probe, date, others)
+            self.measured[name] = Measured(row, timing)
+
+
+def _row(
+    problem: Problem,
+    name: str,
+    contender: Contender,
+    timing: Timing,
+    probe: Probe,
+    date: str,
+    others: float,
+) -> Row:
+    seconds = timing.median
+    operations = (contender.operations or problem.operations) / seconds
+    precision = contender.precision or problem.precision
+    peak = probe.peak(precision)
+    # A peer that reads a weight of another precision may read it from another level.
+    bandwidth = probe.bandwidth if precision == problem.precision else None
+    read = problem.weight_bytes / seconds if bandwidth else None
+    errors = contender.errors()
+    return Row(
+        group=str(problem),
+        date=date,
+        op=problem.op,
+        precision=precision,
+        m=problem.m,
+        n=problem.n,
+        k=problem.k,
+        threads=problem.threads,
+        weight_level=(problem.weight_level or "") if problem.streaming else "",
+        weights_in_rotation=problem.copies,
+        isa=_native.active_isa(),
+        provider=name,
+        provider_version=peers.version(name),
+        median_us=seconds * 1e6,
+        p20_us=timing.percentile(20) * 1e6,
+        p80_us=timing.percentile(80) * 1e6,
+        samples=len(timing.samples),
+        gflops=operations / 1e9,
+        peak_gflops=peak / 1e9,
+        peak_fraction=operations / peak,
+        read_gbps=read / 1e9 if read else None,
+        level_gbps=bandwidth / 1e9 if bandwidth else None,
+        bandwidth_fraction=read / bandwidth if read and bandwidth else None,
+        rel_error=errors.relative,
+        max_error=errors.largest,
+        cosine=errors.cosine,
+        cpu_over_wall=timing.cpu_over_wall,
+        other_load=others,
+        cpu=cpu_model(),
+        torch=torch.__version__,
+        commit=commit(),
+        note=contender.note,
+    )

@@ -1,0 +1,102 @@
+"""ONNX models of one linear layer, built with onnx.helper for ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from shapes import Problem
+
+# What ONNX Runtime and OpenVINO of the last years read.
+_OPSET, _IR_VERSION = 17, 9
+
+
+def _model(problem: Problem, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [problem.m, problem.k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [problem.m, problem.n])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
+    model.ir_version = _IR_VERSION
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def _product(a: str, b: str) -> list[onnx.NodeProto]:
+    return [helper.make_node("MatMul", [a, b], ["t"]), helper.make_node("Add", ["t", "b"], ["y"])]
+
+
+def quantized_weight(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric per channel: int8 (K, N), scale (N,)."""
+    weight = problem.data.weight.numpy()
+    scale = (np.abs(weight).max(1) / 127).astype(np.float32)
+    quantized = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
+    return np.ascontiguousarray(quantized.T), scale
+
+
+def fp32(problem: Problem) -> bytes:
+    weight = np.ascontiguousarray(problem.data.weight.numpy().T)
+    return _model(problem, _product("x", "w"), w=weight, b=problem.data.bias.numpy())
+
+
+def weight_only(problem: Problem) -> bytes:
+    """x · dequantised int8 weight."""
+    quantized, scale = quantized_weight(problem)
+    dequantize = helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1)
+    return _model(
+        problem,
+        [dequantize, *_product("x", "w")],
+        q=quantized,
+        s=scale,
+        z=np.zeros(problem.n, np.int8),
+        b=problem.data.bias.numpy(),
+    )
+
+
+def static(problem: Problem) -> bytes:
+    """QDQ: the activation's range is known beforehand (here: of this very input, the best case)."""
+    quantized, scale = quantized_weight(problem)
+    x = problem.data.x
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    x_scale = (high - low) / 255
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1),
+        *_product("xd", "w"),
+    ]
+    return _model(
+        problem,
+        nodes,
+        xs=np.array(x_scale, np.float32),
+        xz=np.array(round(-low / x_scale), np.uint8),
+        q=quantized,
+        s=scale,
+        z=np.zeros(problem.n, np.int8),
+        b=problem.data.bias.numpy(),
+    )
+
+
+def dynamic(problem: Problem) -> bytes:
+    """onnxruntime.quantization.quantize_dynamic: activations per tensor, weights per channel."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.getLogger().setLevel(logging.ERROR)  # it recommends a pre-processing for large models
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        source.write_bytes(fp32(problem))
+        quantize_dynamic(
+            source,
+            target,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return target.read_bytes()

@@ -1,0 +1,136 @@
+"""The rows of benchmarks/results/*.csv: what was measured, on what, with which versions."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one group; rows of a group share `date` and come from one interleaved run."""
+
+    group: str
+    date: str  # UTC, when the group's run began
+    op: str
+    precision: str
+    m: int
+    n: int
+    k: int
+    threads: int
+    weight_level: str  # where the weight lies when a call begins; empty where it does not matter
+    weights_in_rotation: int
+    isa: str  # the tier that pybigmodel's kernels and the roofline probe ran on
+    provider: str
+    provider_version: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    samples: int
+    gflops: float
+    peak_gflops: float  # measured in the same rounds
+    peak_fraction: float
+    read_gbps: float | None  # bytes of the weight over the median; empty for large M
+    level_gbps: float | None  # measured in the same rounds
+    bandwidth_fraction: float | None
+    rel_error: float | None  # relative L2, against float64
+    max_error: float | None  # largest, over the RMS of the exact result
+    cosine: float | None  # mean cosine of embeddings to torch eager's
+    cpu_over_wall: float
+    other_load: float  # cores that other processes used during the group's run
+    cpu: str
+    torch: str
+    commit: str
+    note: str
+
+
+@cache
+def cpu_model() -> str:
+    """The model name with family, model and stepping, since virtual machines shorten the name."""
+    found: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if not line:
+            break
+        found[key.strip()] = value.strip()
+    family, model, step = (found.get(k, "?") for k in ("cpu family", "model", "stepping"))
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {family} model {model} stepping {step}, {os.cpu_count()} cores)"
+
+
+@cache
+def commit() -> str:
+    """`git describe --always --dirty` of the checkout that holds the benchmarks.
+
+    Recorded results do not make a checkout dirty: a campaign writes them as it goes.
+    """
+    git = ["git", "-C", str(RESULTS.parent)]
+    described = subprocess.run(
+        [*git, "describe", "--always"], capture_output=True, text=True, check=False
+    )
+    if described.returncode != 0:
+        return "unknown"
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return described.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+class SystemLoad:
+    """Cores busy with other processes since the object was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        # user nice system idle iowait irq softirq steal, in ticks, of all cores together
+        ticks = [float(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return busy, time.process_time(), time.perf_counter()
+
+    def others(self) -> float:
+        busy, own, wall = (b - a for a, b in zip(self._start, self._now(), strict=True))
+        return max(0.0, busy - own) / wall
+
+
+def _text(key: str, value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.10f}" if key == "cosine" else f"{value:.6g}"
+    return str(value)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the groups that `rows` measure (on this CPU) in the CSV file and keep the others."""
+    new = [{key: _text(key, value) for key, value in asdict(row).items()} for row in rows]
+    replaced = {(row["group"], row["cpu"]) for row in new}
+    kept = [row for row in read(path) if (row["group"], row["cpu"]) not in replaced]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(kept + new, key=lambda r: (r["group"], r["provider"], r["date"])))
+    temporary.replace(path)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file as text; none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,162 @@
+"""Rewrites the figures between the bench markers of README.md and docs/benchmarks.md.
+
+Usage: python benchmarks/table.py [--results FOLDER] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from record import RESULTS
+from results import DYNAMIC_PEERS, OURS, Result, geometric_mean, load
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+REPOSITORY = Path(__file__).parent.parent
+
+PEERS = {
+    "linear": ("onednn_prepacked", "torch_compile", "onnxruntime", "openvino"),
+    "int8_linear": (*DYNAMIC_PEERS, "openvino_static"),
+    "int8_weight_only_linear": ("torch_int8pack", "torchao_weight_only", "openvino_weight_only"),
+}
+LABELS = {
+    "linear": "`linear`",
+    "int8_linear": "`int8_linear`, dynamic",
+    "int8_weight_only_linear": "`int8_weight_only_linear`",
+    "linear_forward": "`linear`, weight not packed, forward",
+    "linear_forward_backward": "`linear`, weight not packed, forward + backward",
+}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [v for v in values if v is not None]
+    return geometric_mean(present) if present else None
+
+
+def _cell(value: float | None, form: str, suffix: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{suffix}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _products(results: list[Result]) -> list[str]:
+    """One line per op, precision and M: geometric means over the shapes."""
+    lines = []
+    order = list(LABELS)
+    keys = sorted(
+        {(r.op, r.precision, r.m) for r in results if r.op in LABELS},
+        key=lambda key: (order.index(key[0]), key[1] != "fp32", key[2]),
+    )
+    for op, precision, m in keys:
+        group = [r for r in results if (r.op, r.precision, r.m) == (op, precision, m)]
+        streaming = any(r.level for r in group) and m == 1
+        limit = "bandwidth_fraction" if streaming else "peak_fraction"
+        peers = PEERS.get(op, ())
+        lines.append(
+            [
+                f"{LABELS[op]} {precision}",
+                str(m),
+                _cell(_mean(r.number(OURS, "gflops") for r in group), ".0f"),
+                _cell(_mean(r.number(OURS, limit) for r in group), ".0%")
+                + (" of the bandwidth" if streaming else ""),
+                _cell(_mean(r.speedup(("torch_eager",)) for r in group), ".2f", "×"),
+                _cell(_mean(r.speedup(peers) for r in group), ".2f", "×"),
+            ]
+        )
+    header = ["work", "M", "GOP/s", "of the peak", "over F.linear", "over the best other peer"]
+    return _table(header, lines)
+
+
+def _minilm(results: list[Result]) -> list[str]:
+    names = [
+        "torch_eager",
+        "torch_compile",
+        "pybigmodel_fp32",
+        "pybigmodel_bf16",
+        "pybigmodel_int8",
+    ]
+    lines = []
+    for r in sorted((r for r in results if r.op == "minilm"), key=lambda r: r.m):
+        for name in names:
+            seconds = r.seconds(name)
+            lines.append(
+                [
+                    str(r.m),
+                    name.replace("_", " "),
+                    _cell(None if seconds is None else r.m / seconds, ".0f"),
+                    _cell(r.speedup(("torch_eager",), ours=name), ".2f", "×"),
+                    _cell(r.number(name, "cosine"), ".6f"),
+                ]
+            )
+    header = ["batch", "all-MiniLM-L6-v2, 128 tokens", "sentences/s", "over eager", "cosine to it"]
+    return _table(header, lines)
+
+
+def _by_shape(results: list[Result]) -> list[str]:
+    """Every group of the linear family: ours and all peers in microseconds."""
+    lines: list[str] = []
+    for (op, precision), names in {
+        ("linear", "fp32"): [OURS, "torch_eager", *PEERS["linear"]],
+        ("linear", "bf16"): [OURS, "torch_eager", *PEERS["linear"]],
+        ("int8_linear", "int8"): [OURS, "torch_eager", *PEERS["int8_linear"]],
+        ("int8_weight_only_linear", "int8"): [
+            OURS,
+            "torch_eager",
+            *PEERS["int8_weight_only_linear"],
+        ],
+    }.items():
+        group = [r for r in results if r.op == op and r.precision == precision]
+        if not group:
+            continue
+        group.sort(key=lambda r: (r.m, r.k * r.n, r.k, r.level))
+        rows = [
+            [r.shape, *(_cell(r.number(name, "median_us"), ".4g") for name in names)] for r in group
+        ]
+        lines += ["", f"### `{op}` {precision}, median µs a call", ""]
+        lines += _table(["shape", *names], rows)
+    return lines
+
+
+def _origin(results: list[Result], threads: int) -> str:
+    rows = [row for r in results for row in r.rows.values()]
+    versions = sorted({row["provider_version"] for row in rows} - {""})
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    days = sorted({row["date"][:10] for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return (
+        f"{threads} threads of {rows[0]['cpu']}, {when}, commit {commits}; {', '.join(versions)}. "
+        "Geometric means over the shapes; all providers of a row interleaved in one process."
+    )
+
+
+def _rewrite(path: Path, lines: list[str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{path}: expected one {BEGIN} and one {END}")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    results = [r for r in load(options.results) if r.threads == options.threads]
+    if not results:
+        parser.error(f"no rows for {options.threads} threads in {options.results}")
+    origin = _origin(results, options.threads)
+    sections: list[Callable[[list[Result]], list[str]]] = [_minilm, _products]
+    summary = [line for section in sections for line in ["", *section(results)]]
+    _rewrite(REPOSITORY / "README.md", [*summary, "", origin, ""])
+    _rewrite(REPOSITORY / "docs" / "benchmarks.md", [*_by_shape(results), "", origin, ""])
+
+
+if __name__ == "__main__":
+    main()

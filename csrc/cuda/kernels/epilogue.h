@@ -1,0 +1,36 @@
+// From an exact int32 sum to an output value: y = act(x_scale·w_scale·(Σ q·w − zero_point·Σ w) + bias) + residual, in fp32.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/kernels/host_device.h"
+
+namespace pbm::cuda {
+
+// The integers of the op schemas.
+enum class Activation : int { none = 0, relu = 1, gelu_erf = 2, gelu_tanh = 3, silu = 4 };
+constexpr int kActivationCount = 5;
+
+PBM_HOST_DEVICE float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::none: return x;
+    case Activation::relu: return x < 0.0f ? 0.0f : x;  // this way round a NaN stays
+    case Activation::gelu_erf: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    case Activation::gelu_tanh: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case Activation::silu: return x / (1.0f + expf(-x));
+  }
+  return x;
+}
+
+// Exact: with K ≤ kMaxInt8Depth both terms and their difference fit in int32.
+PBM_HOST_DEVICE int32_t remove_zero_point(int32_t sum, int32_t zero_point, int32_t column_sum) {
+  return sum - zero_point * column_sum;
+}
+
+// w_scale first: sum·w_scale is of the size of the weights, so no order of magnitude of x_scale overflows early.
+PBM_HOST_DEVICE float dequantize(int32_t sum, float x_scale, float w_scale) {
+  return static_cast<float>(sum) * w_scale * x_scale;
+}
+
+}  // namespace pbm::cuda

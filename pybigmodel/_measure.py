@@ -1,0 +1,156 @@
+"""Candidates beside their originals, on what the layers really get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pybigmodel import _native
+from pybigmodel.testing.timers import interleave
+
+# Several shapes of one layer are timed (a decoder's prefill and steps, say), but not every length.
+MAX_SHAPES = 3
+
+
+@dataclass
+class Trial:
+    """One layer and its replacement, over the calls of one run of the model."""
+
+    original: nn.Module
+    candidate: nn.Module
+    kernel: str | None = None
+    error: float = 0.0
+    cosine: float = 1.0
+    failure: str | None = None
+    shapes: set[tuple[object, ...]] = field(default_factory=set)
+    seconds: tuple[float, float] = (0.0, 0.0)  # of original and candidate, summed over shapes
+
+    @property
+    def speedup(self) -> float:
+        return self.seconds[0] / self.seconds[1]
+
+
+def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial]) -> None:
+    """Run the model once in eval mode, without gradients; try each candidate where it is called.
+
+    In the middle of the run: so no layer's input has to be kept until the others are done.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    # Layers of one kind on inputs of one shape take the same time: they are timed once.
+    known: dict[tuple[object, ...], tuple[float, float]] = {}
+    hooks = []
+    try:
+        for trial in trials.values():
+            hooks.append(_try_when_called(trial, known))
+        with eval_mode(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise TypeError(
+        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
+        f"arguments for the model; got {type(example_inputs).__name__}"
+    )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout and no running statistics; each module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _try_when_called(
+    trial: Trial, known: dict[tuple[object, ...], tuple[float, float]]
+) -> torch.utils.hooks.RemovableHandle:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        if trial.failure is None:
+            _compare(trial, x)
+        if trial.failure is None:
+            _time(trial, x, known)
+
+    return trial.original.register_forward_hook(hook, with_kwargs=True)
+
+
+def _compare(trial: Trial, x: Tensor) -> None:
+    expected = trial.original.forward(x)
+    try:
+        got = trial.candidate.forward(x)
+    except (RuntimeError, NotImplementedError) as problem:
+        trial.failure = f"the replacement fails on example_inputs: {problem}"
+        return
+    if got.device.type == "cpu":
+        trial.kernel = _native.last_kernel()
+    error, cosine = difference(got, expected)
+    trial.error, trial.cosine = max(trial.error, error), min(trial.cosine, cosine)
+
+
+def difference(got: Tensor, expected: Tensor) -> tuple[float, float]:
+    """‖got − expected‖/‖expected‖ and the cosine; what is not finite in both is left out."""
+    got, expected = got.detach(), expected.detach()
+    finite = expected.isfinite()
+    if not torch.equal(finite, got.isfinite()):
+        return torch.inf, -1.0
+    if not bool(finite.all()):
+        got, expected = got[finite], expected[finite]
+    y, y0 = got.flatten().float(), expected.flatten().float()
+    norm, norm0 = float(y.norm()), float(y0.norm())
+    if norm0 == 0.0:
+        return (0.0, 1.0) if norm == 0.0 else (torch.inf, 0.0)
+    cosine = float((y / norm) @ (y0 / norm0)) if norm else 0.0
+    return float((y - y0).norm()) / norm0, cosine
+
+
+def _time(trial: Trial, x: Tensor, known: dict[tuple[object, ...], tuple[float, float]]) -> None:
+    shape = (tuple(x.shape), x.stride(), x.dtype)
+    if shape in trial.shapes or len(trial.shapes) == MAX_SHAPES:
+        return
+    trial.shapes.add(shape)
+    key = (str(trial.original), str(trial.candidate), shape)
+    if key not in known:
+        try:
+            known[key] = time_pair(trial.original, trial.candidate, x)
+        except TimeoutError as error:
+            trial.failure = f"could not be timed: {error}"
+            return
+    seconds = known[key]
+    trial.seconds = trial.seconds[0] + seconds[0], trial.seconds[1] + seconds[1]
+
+
+def time_pair(original: nn.Module, candidate: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Seconds per call of both, taking turns; about 0.15 s.
+
+    The lower quartile, not the median: other work on the machine only ever adds time, and a layer
+    that meets it in one of its few turns must not be decided on that.
+    """
+    timings = interleave(
+        {
+            "original": [lambda: original.forward(x)],
+            "candidate": [lambda: candidate.forward(x)],
+        },
+        rounds=4,
+        seconds=0.01,
+    )
+    return timings["original"].percentile(25), timings["candidate"].percentile(25)

@@ -1,0 +1,229 @@
+"""Which layers of a model `optimize` can replace, and why it leaves the others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
+
+from pybigmodel.nn import Int8Linear, Linear
+from pybigmodel.ops._common import FLOAT_DTYPES, MAX_INT8_K
+
+Selection: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
+
+_OPS = {
+    "fp32": ("linear", "linear_packed", "pack_linear_weight"),
+    "bf16": ("linear", "linear_packed", "pack_linear_weight"),
+    "int8": ("int8_linear", "pack_int8_linear_weight", "quantize_per_token"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear layer; `left` is the reason for which it must stay, None if it may be replaced."""
+
+    path: str
+    module: nn.Module
+    left: str | None
+
+
+def candidates(
+    model: nn.Module, precision: str, include: Selection, exclude: Selection
+) -> list[Candidate]:
+    """Every linear layer of the model, once, under the first of its names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    included = _Selector("include", include, modules)
+    excluded = _Selector("exclude", exclude, modules)
+    names: defaultdict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear | Int8Linear) or _is_conv1d(module):
+            names[module].append(name)
+    weights = _Weights(modules)
+    found = []
+    for module, known_as in names.items():
+        left = _why_left(module, known_as, modules, precision, weights)
+        if left is None and include is not None and not included.match(known_as):
+            left = "not in include"
+        if left is None and excluded.match(known_as):
+            left = "in exclude"
+        found.append(Candidate(known_as[0], module, left))
+    return found
+
+
+def _why_left(
+    module: nn.Module,
+    names: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    precision: str,
+    weights: _Weights,
+) -> str | None:
+    # What the layer is, before what it holds: the weight of a layer of unknown kind says nothing.
+    kind = type(module)
+    if isinstance(module, Linear | Int8Linear):
+        return f"is a pybigmodel.nn.{kind.__name__} already"
+    if _is_conv1d(module):
+        return "transformers' Conv1D stores its weight transposed, which is not supported"
+    if isinstance(module, nn.LazyLinear):
+        return "lazy: its size is not known before its first call"
+    if is_parametrized(module):
+        return "parametrized: its weight is computed anew at each call"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "torch.nn.MultiheadAttention reads its weight and does not call it"
+    if kind is not nn.Linear:
+        return f"a subclass of torch.nn.Linear, {kind.__module__}.{kind.__qualname__}"
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance"
+    if any(_feeds_fast_path(name, modules) for name in names):
+        return "torch.nn.TransformerEncoderLayer's fast path reads its weight and does not call it"
+    if "weight" not in module._parameters or "bias" not in module._parameters:
+        return "a hook computes its weight (weight_norm, spectral_norm, pruning)"
+    return _why_weight_left(module._parameters["weight"], precision, weights)
+
+
+def _why_weight_left(weight: Tensor | None, precision: str, weights: _Weights) -> str | None:
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__module__}.{type(weight).__qualname__}"
+    if weight.layout is not torch.strided:
+        return f"its weight is {weight.layout}"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {weight.dtype}"
+    missing = _missing_op(weight.device.type, precision)
+    if missing is not None:
+        return f"on device {weight.device}, for which there is no {missing}"
+    if precision == "int8":
+        if weight.shape[1] > MAX_INT8_K:
+            return f"in_features is above {MAX_INT8_K}: int32 sums could overflow"
+        tied = weights.tied(weight)
+        if len(tied) > 1:
+            return f"tied ({' = '.join(tied)}): an int8 copy would no longer be"
+        return None
+    # A packed copy of these could go out of date without a sign (see nn/_packing.py).
+    if weight.is_inference():
+        return "an inference tensor, whose changes go unseen: load it outside inference_mode"
+    if weight.is_shared():
+        return "in shared memory, where another process could change it unseen"
+    overlapping = weights.overlapping(weight)
+    if overlapping is not None:
+        return f"shares memory with {overlapping}, another tensor: changes could go unseen"
+    return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def _feeds_fast_path(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    parent, _, child = name.rpartition(".")
+    layer = modules[parent] if name else None
+    return (
+        isinstance(layer, nn.TransformerEncoderLayer)
+        and type(layer).forward is nn.TransformerEncoderLayer.forward
+        and child in ("linear1", "linear2")
+    )
+
+
+def _missing_op(device: str, precision: str) -> str | None:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    for op in _OPS[precision]:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        if key is None or not has_kernel(f"pybigmodel::{op}", key):
+            return op
+    return None
+
+
+class _Selector:
+    """Name patterns and types; a layer matches if it or a module that contains it does."""
+
+    def __init__(
+        self, argument: str, selection: Selection, modules: Mapping[str, nn.Module]
+    ) -> None:
+        if selection is None:
+            selection = ()
+        elif isinstance(selection, str | type):
+            selection = (selection,)
+        self._modules = modules
+        self._selectors = tuple(selection)
+        for selector in self._selectors:
+            is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
+            if not is_type and not isinstance(selector, str):
+                raise TypeError(
+                    f"{argument} must be a name pattern, a module type or a sequence of these; "
+                    f"got {selector!r}"
+                )
+            # A misspelt name must not pass for an empty selection.
+            if not any(_fits(selector, name, module) for name, module in modules.items()):
+                raise ValueError(f"{argument}: {selector!r} matches no module of the model")
+
+    def match(self, names: Sequence[str]) -> bool:
+        return any(
+            _fits(selector, prefix, self._modules[prefix])
+            for name in names
+            for prefix in _prefixes(name)
+            for selector in self._selectors
+        )
+
+
+def _fits(selector: str | type[nn.Module], name: str, module: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return fnmatchcase(name, selector)
+    return isinstance(module, selector)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    yield ""
+    for at, letter in enumerate(name):
+        if letter == ".":
+            yield name[:at]
+    if name:
+        yield name
+
+
+class _Weights:
+    """Who else holds a tensor, or memory of it."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._holders: defaultdict[int, list[str]] = defaultdict(list)
+        spans: dict[int, tuple[int, int, int]] = {}
+        first: dict[nn.Module, str] = {}
+        for prefix, module in modules.items():
+            first.setdefault(module, prefix)
+        for module, prefix in first.items():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._holders[id(tensor)].append(f"{prefix}.{name}" if prefix else name)
+                    span = _span(tensor)
+                    if span is not None:
+                        spans[id(tensor)] = (*span, id(tensor))
+        self._spans = sorted(spans.values())
+
+    def tied(self, tensor: Tensor) -> list[str]:
+        return self._holders[id(tensor)]
+
+    def overlapping(self, tensor: Tensor) -> str | None:
+        span = _span(tensor)
+        if span is None:
+            return None
+        for begin, end, other in self._spans:
+            if begin >= span[1]:
+                break
+            if end > span[0] and other != id(tensor):
+                return self._holders[other][0]
+        return None
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    """The addresses [begin, end) of a tensor that has such."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not plain or tensor.device.type != "cpu" or not tensor.numel():
+        return None
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()

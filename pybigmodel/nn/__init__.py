@@ -1,0 +1,6 @@
+"""Drop-in modules: torch's constructors, state_dicts and hooks on this library's ops."""
+
+from pybigmodel.nn.int8_linear import Int8Linear
+from pybigmodel.nn.linear import Linear
+
+__all__ = ["Int8Linear", "Linear"]

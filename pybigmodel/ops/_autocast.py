@@ -1,0 +1,49 @@
+"""Autocast for the ops: floating arguments take autocast's dtype, as those of F.linear do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The registrations live as long as this object.
+_library = torch.library.Library("pybigmodel", "IMPL")
+
+
+def cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
+    """The value in autocast's dtype if autocast applies to it: floating but not float64."""
+    eligible = (
+        isinstance(value, Tensor)
+        and value.device.type == device_type
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+    )
+    return value.to(dtype) if eligible else value
+
+
+def register_autocast(name: str, positions: tuple[int, ...]) -> None:
+    """Register autocast of op ``name`` for its arguments at ``positions``.
+
+    The dtype is the one current at the call; torch.library.register_autocast fixes it beforehand.
+    """
+    op = getattr(torch.ops.pybigmodel, name).default
+    for device in ("CPU", "CUDA"):
+        key = f"Autocast{device}"
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(
+            *args: Any,
+            device_type: str = device.lower(),
+            excluded: torch._C.DispatchKeySet = excluded,
+        ) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return op(
+                    *(
+                        cast(arg, device_type, dtype) if at in positions else arg
+                        for at, arg in enumerate(args)
+                    )
+                )
+
+        _library.impl(name, kernel, key)

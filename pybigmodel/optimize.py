@@ -1,0 +1,235 @@
+"""Swapping the layers of an existing model for faster ones, and back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from pybigmodel._measure import Trial, run_trials, split_inputs
+from pybigmodel._report import Report, Row
+from pybigmodel._select import Candidate, Selection, candidates
+from pybigmodel._swap import become, is_swapped, revert, weight_bytes
+from pybigmodel.nn import Int8Linear, Linear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Relative errors of a layer's output on example_inputs, above which something is wrong with the
+# replacement (fp32, bf16) or the layer does not bear int8: rounding alone gives 1e-6, 4e-3, 1e-2.
+MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "int8": 1e-1}
+
+_REPORT = "_pybigmodel_report"
+
+
+def optimize(
+    model: Model,
+    precision: str = "fp32",
+    *,
+    example_inputs: Any = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    inplace: bool = False,
+    keep_original: bool = True,
+) -> Model:
+    """The model with its linear layers on this library's kernels.
+
+    Every torch.nn.Linear becomes a :class:`pybigmodel.nn.Linear` ("fp32", "bf16") or a
+    :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"). What cannot or
+    should not be replaced stays, and :func:`report` says why. The modules stay the same objects and
+    change their class, so hooks, shared modules, tied weights and what refers to them stay too.
+
+    Args:
+        model: any torch.nn.Module. A model in "fp32" or "bf16" trains as before: its Parameters are
+            the same objects. One in "int8" is for inference.
+        precision: "fp32"; "bf16": products in bfloat16, tensors keep their dtype; "int8".
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it the
+            model is run once (in eval mode, without gradients), each layer is timed against its
+            replacement on what it gets there, and only what is faster and right is replaced: layers
+            that the run does not call stay.
+        include, exclude: name patterns (as "encoder.*.query"; * also matches dots), module types,
+            or a sequence of both. A layer matches if it, or a module that contains it, does.
+        inplace: False copies the model first (copy.deepcopy: its Parameters too, so that training
+            the copy leaves the original alone); True changes it, for models that should not be held
+            twice.
+        keep_original: whether int8 layers keep their float weights for :func:`restore` (outside
+            parameters() and state_dict(), dropped by pickling). False frees them: restore then
+            gives the weights that int8 computed with.
+
+    Memory per weight of float32: 4 bytes and 4 more once a layer has run ("fp32"), 4 and 2
+    ("bf16"), 1 and 4 for the original ("int8").
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; a pattern or type that matches
+            nothing.
+    """
+    _check_model("optimize", model)
+    if precision not in MAX_ERROR:
+        names = ", ".join(map(repr, MAX_ERROR))
+        raise ValueError(f"precision must be one of {names}; got {precision!r}")
+    if example_inputs is not None:
+        split_inputs(example_inputs)
+    if not inplace:
+        model = _copied(model)
+    before = {row.path: row for row in _known_rows(model)}
+    found = candidates(model, precision, include, exclude)
+    trials, refused = _replacements(found, precision)
+    if example_inputs is not None:
+        run_trials(model, example_inputs, trials)
+        refused |= {
+            path: reason
+            for path, trial in trials.items()
+            if (reason := _why_rejected(trial, precision)) is not None
+        }
+    rows = []
+    for candidate in found:
+        path, trial = candidate.path, trials.get(candidate.path)
+        left = candidate.left or refused.get(path)
+        if left is not None and path in before and before[path].replaced_by is not None:
+            rows.append(before[path])  # replaced by an earlier call
+        else:
+            rows.append(_finish(candidate, trial, left, precision, keep_original))
+    vars(model)[_REPORT] = Report(tuple(rows))
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What :func:`optimize` did to each linear layer of the model, or of the parts it was given.
+
+    Raises:
+        ValueError: neither the model nor a part of it was optimized.
+    """
+    _check_model("report", model)
+    rows = _known_rows(model)
+    if not rows and not any(_REPORT in vars(module) for module in model.modules()):
+        raise ValueError("report: model was not optimized; call pybigmodel.optimize(model) first")
+    return Report(tuple(rows))
+
+
+def restore(model: Model) -> Model:
+    """The same model with torch's layers again, in place, with the weights as they are now.
+
+    "fp32" and "bf16" layers give back the Parameters they have (trained, if they were). "int8"
+    layers give back the float weights they were made from, or, where these were not kept or the
+    model was pickled since, the weights that int8 computed with.
+    """
+    _check_model("restore", model)
+    for module in list(model.modules()):
+        if is_swapped(module):
+            revert(module)
+        vars(module).pop(_REPORT, None)
+    return model
+
+
+def _check_model(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{function}: model must be a torch.nn.Module that runs in Python, got a "
+            "ScriptModule; give the module that it was made from"
+        )
+
+
+def _copied(model: Model) -> Model:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"optimize: model cannot be copied ({error}); inplace=True changes it itself"
+        ) from error
+
+
+def _known_rows(model: nn.Module) -> list[Row]:
+    own: Report | None = vars(model).get(_REPORT)
+    if own is not None:
+        return list(own.rows)
+    rows: list[Row] = []
+    covered: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        part: Report | None = vars(module).get(_REPORT)
+        if part is not None and not path.startswith(covered):
+            rows += part.under(path).rows
+            covered += (f"{path}.",)  # its report speaks for what it contains
+    return rows
+
+
+def _replacements(
+    found: list[Candidate], precision: str
+) -> tuple[dict[str, Trial], dict[str, str]]:
+    trials, refused = {}, {}
+    for candidate in found:
+        linear = candidate.module
+        if candidate.left is not None or not isinstance(linear, nn.Linear):
+            continue
+        try:
+            new: nn.Module = (
+                Int8Linear.from_linear(linear)
+                if precision == "int8"
+                else Linear.from_linear(linear, precision=precision)
+            )
+        except ValueError as error:  # NaN or infinity in a weight to be quantised
+            refused[candidate.path] = str(error)
+            continue
+        trials[candidate.path] = Trial(linear, new)
+    return trials, refused
+
+
+def _why_rejected(trial: Trial, precision: str) -> str | None:
+    if trial.failure is not None:
+        return trial.failure
+    if not trial.shapes:
+        return "not called on example_inputs"
+    low = trial.original.weight.dtype in (torch.bfloat16, torch.float16)
+    bound = MAX_ERROR["bf16" if low and precision == "fp32" else precision]
+    if not trial.error <= bound:
+        return f"its error on example_inputs is {trial.error:.1e}, above {bound:.0e}"
+    if trial.speedup <= 1:
+        return f"not faster on example_inputs: {trial.speedup:.2f}×"
+    return None
+
+
+def _finish(
+    candidate: Candidate, trial: Trial | None, left: str | None, precision: str, keep: bool
+) -> Row:
+    """Replace the layer if nothing speaks against it, and say what was done."""
+    module = candidate.module
+    weight = module._parameters.get("weight")
+    before = 0
+    if weight is not None and not isinstance(weight, nn.UninitializedParameter):
+        before = weight.numel() * weight.element_size()
+    layer = _describe(module)
+    if precision == "fp32" and weight is not None and weight.dtype == torch.bfloat16:
+        precision = "bf16"
+    measured: dict[str, Any] = {}
+    if trial is not None and trial.shapes:
+        measured = {
+            "kernel": trial.kernel,
+            "speedup": trial.speedup,
+            "error": trial.error,
+            "cosine": trial.cosine,
+        }
+    replaced_by, after = None, before
+    if left is None:
+        assert trial is not None and isinstance(module, nn.Linear)
+        assert isinstance(trial.candidate, Linear | Int8Linear)
+        become(module, trial.candidate, keep)
+        replaced_by, after = f"pybigmodel.nn.{type(trial.candidate).__name__}", weight_bytes(module)
+    return Row(
+        candidate.path,
+        layer,
+        precision,
+        replaced_by,
+        bytes_before=before,
+        bytes_after=after,
+        left=left,
+        **measured,
+    )
+
+
+def _describe(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.Linear | Int8Linear):
+        return f"{name}({module.in_features}, {module.out_features})"
+    return name

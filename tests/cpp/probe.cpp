@@ -1,0 +1,66 @@
+// Compiled once per tier, with that tier's flags.
+#include "probe.h"
+
+#include "cpu/kernels/convert.h"
+#include "cpu/kernels/vecmath.h"
+
+namespace pbm::PBM_TIER {
+namespace {
+
+template <class F>
+void over(const float* x, float* y, int64_t n, F f) {
+  for (int64_t i = 0; i < n; i += kWidth) store(y + i, f(load(x + i)));
+}
+
+void exp_array(const float* x, float* y, int64_t n) {
+  over(x, y, n, [](Vec v) { return vexp(v); });
+}
+
+void normal_tail_array(const float* x, float* y, int64_t n) {
+  over(x, y, n, [](Vec v) { return normal_tail(v); });
+}
+
+template <Activation A>
+void activate_with(const float* x, float* y, int64_t n) {
+  over(x, y, n, [](Vec v) { return activate<A>(v); });
+}
+
+void activate_array(Activation a, const float* x, float* y, int64_t n) {
+  switch (a) {
+    case Activation::none: return activate_with<Activation::none>(x, y, n);
+    case Activation::relu: return activate_with<Activation::relu>(x, y, n);
+    case Activation::gelu_erf: return activate_with<Activation::gelu_erf>(x, y, n);
+    case Activation::gelu_tanh: return activate_with<Activation::gelu_tanh>(x, y, n);
+    case Activation::silu: return activate_with<Activation::silu>(x, y, n);
+  }
+}
+
+void convert_array(DType from, DType to, const void* x, void* y, int64_t count) {
+  with_float_dtype(from, [&]<DType From>() {
+    with_float_dtype(to, [&]<DType To>() {
+      for (int64_t i = 0; i < count; i += kWidth) {
+        const int n = static_cast<int>(count - i < kWidth ? count - i : kWidth);
+        store16_n<To>(y, i, load16_n<From>(x, i, n), n);
+      }
+    });
+  });
+}
+
+void store_bf16_array(const float* x, uint16_t* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) store_bf16(y + i, load(x + i));
+}
+
+void transpose_block(const int32_t* x, int32_t* y) {
+  IVec r[16];
+  for (int i = 0; i < 16; i++) r[i] = iload(x + 16 * i);
+  transpose16(r);
+  for (int i = 0; i < 16; i++) istore(y + 16 * i, r[i]);
+}
+
+}  // namespace
+
+extern const test::Probe probe;
+const test::Probe probe = {exp_array,     normal_tail_array, activate_array,
+                           convert_array, store_bf16_array,  transpose_block};
+
+}  // namespace pbm::PBM_TIER

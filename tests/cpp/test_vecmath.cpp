@@ -1,0 +1,111 @@
+// exp and the activations over the whole range of fp32, on every tier, against double, with the bounds of
+// docs/numerics.md. With PBM_PRINT_ERRORS in the environment the measured maxima are printed as rows of its table.
+#include <vector>
+
+#include "elements.h"
+#include "probe.h"
+
+namespace pbm::test {
+namespace {
+
+double exact_exp(double x) { return std::exp(x); }
+double exact_tail(double t) { return 0.5 * std::erfc(t * std::sqrt(0.5)); }
+double exact_relu(double x) { return x > 0 ? x : 0; }
+double exact_gelu(double x) { return 0.5 * x * std::erfc(-x * std::sqrt(0.5)); }
+double exact_gelu_tanh(double x) {
+  return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+double exact_silu(double x) { return x / (1 + std::exp(-x)); }
+
+// |y - exact| <= relative·|exact| + of_x·|x| + the spacing of subnormals, for low <= x <= high. The relative bounds of the
+// activations end where e^(large) rounds its exponent: there y is small, and bounded relative to x.
+struct Bound {
+  const char* name;
+  double (*exact)(double);
+  double relative, of_x, low, high;
+  Activation activation;  // none: not through activate()
+};
+
+constexpr Bound kBounds[] = {
+    {"exp", exact_exp, 2e-7, 0, -INFINITY, INFINITY, Activation::none},
+    {"normal tail", exact_tail, 5e-7, 0, 0, 2.5, Activation::none},
+    {"relu", exact_relu, 0, 0, -INFINITY, INFINITY, Activation::relu},
+    {"gelu", exact_gelu, 1e-6, 0, -3, INFINITY, Activation::gelu_erf},
+    {"gelu", exact_gelu, 0, 3e-7, -INFINITY, INFINITY, Activation::gelu_erf},
+    {"gelu_tanh", exact_gelu_tanh, 1.5e-6, 0, -3, INFINITY, Activation::gelu_tanh},
+    {"gelu_tanh", exact_gelu_tanh, 0, 2e-7, -INFINITY, INFINITY, Activation::gelu_tanh},
+    {"silu", exact_silu, 5e-7, 0, -88, INFINITY, Activation::silu},
+    {"silu", exact_silu, 0, 2e-7, -INFINITY, INFINITY, Activation::silu},
+};
+
+void evaluate(Isa isa, const Bound& f, const std::vector<float>& x, std::vector<float>& y) {
+  const Probe& probe = probe_of(isa);
+  const int64_t n = static_cast<int64_t>(x.size());
+  if (f.activation != Activation::none) return probe.activate(f.activation, x.data(), y.data(), n);
+  (f.exact == exact_tail ? probe.normal_tail : probe.exp)(x.data(), y.data(), n);
+}
+
+void test_bound(Isa isa, const Bound& f, const std::vector<float>& x) {
+  std::vector<float> y(x.size());
+  evaluate(isa, f, x, y);
+  double worst = 0, worst_at = 0;
+  for (size_t i = 0; i < x.size(); i++) {
+    if (!(x[i] >= f.low && x[i] <= f.high) || std::isinf(x[i])) continue;
+    const double exact = f.exact(x[i]);
+    if (std::fabs(exact) > 0x1.ffffffp127) {  // rounds to infinity
+      CHECK(y[i] == INFINITY, "%s: %s(%.9g) is %.9g, expected infinity", isa_name(isa), f.name, x[i], y[i]);
+      continue;
+    }
+    const double error = std::fabs(y[i] - exact), scale = f.relative > 0 ? std::fabs(exact) : std::fabs(x[i]);
+    if (scale > 0x1p-100 && error / scale > worst) worst = error / scale, worst_at = x[i];
+    CHECK(error <= f.relative * std::fabs(exact) + f.of_x * std::fabs(x[i]) + 0x1p-148,
+          "%s: %s(%.9g) is %.9g, expected %.9g, off by %.2g of it", isa_name(isa), f.name, x[i], y[i], exact,
+          error / std::fabs(exact));
+  }
+  if (std::getenv("PBM_PRINT_ERRORS"))
+    std::printf("| %s | %s | %s | [%g, %g] | %.2g at %.4g | %.2g |\n", f.name, isa_name(isa),
+                f.relative > 0 ? "of y" : "of x", f.low, f.high, worst, worst_at, f.relative > 0 ? f.relative : f.of_x);
+}
+
+// A NaN stays; infinities go where torch's functions send them (gelu and its kin of -infinity are -inf·0: NaN).
+void test_nonfinite(Isa isa) {
+  const Probe& probe = probe_of(isa);
+  float x[16] = {NAN, -NAN, INFINITY, -INFINITY}, y[16];
+  probe.exp(x, y, 16);
+  CHECK(std::isnan(y[0]) && std::isnan(y[1]) && y[2] == INFINITY && y[3] == 0, "%s: exp of NaN, infinity: %g %g %g %g",
+        isa_name(isa), y[0], y[1], y[2], y[3]);
+  for (Activation a : {Activation::relu, Activation::gelu_erf, Activation::gelu_tanh, Activation::silu}) {
+    probe.activate(a, x, y, 16);
+    CHECK(std::isnan(y[0]) && std::isnan(y[1]), "%s: activation %d of NaN is %g", isa_name(isa), static_cast<int>(a), y[0]);
+    CHECK(a == Activation::gelu_erf ? !std::isfinite(y[2]) : y[2] == INFINITY, "%s: activation %d of infinity is %g",
+          isa_name(isa), static_cast<int>(a), y[2]);
+    CHECK(a == Activation::relu ? y[3] == 0 : std::isnan(y[3]), "%s: activation %d of -infinity is %g", isa_name(isa),
+          static_cast<int>(a), y[3]);
+  }
+}
+
+// Evenly over all bit patterns, and densely where the functions bend.
+std::vector<float> arguments(const Options& options) {
+  Rng rng(options.seed);
+  std::vector<float> x;
+  const uint64_t step = 0x100000000u / (static_cast<uint64_t>(options.iterations) * 1000);
+  for (uint64_t u = rng.bits() % step; u < 0x100000000u; u += step) x.push_back(float_of(static_cast<uint32_t>(u)));
+  for (int i = 0; i < options.iterations * 500; i++) {
+    x.push_back(rng.value() * 110.f);
+    x.push_back(rng.value() * 4.f);
+  }
+  while (x.size() % 16) x.push_back(0);
+  return x;
+}
+
+}  // namespace
+
+void test_vecmath(const Options& options) {
+  const std::vector<float> x = arguments(options);
+  for (Isa isa : tiers()) {
+    for (const Bound& f : kBounds) test_bound(isa, f, x);
+    test_nonfinite(isa);
+  }
+}
+
+}  // namespace pbm::test

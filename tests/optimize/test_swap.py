@@ -1,0 +1,168 @@
+"""optimize and restore: the same results, nothing else changed, and all of it put back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import pybigmodel as pbm
+from pybigmodel._measure import difference
+from pybigmodel.nn import _packing
+
+PRECISIONS = ["fp32", "bf16", "int8"]
+BOUND = {"fp32": 1e-6, "bf16": 1e-2, "int8": 3e-2}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_copy_computes_the_same_and_the_model_is_left_alone(model, x, precision) -> None:
+    before = copy.deepcopy(model.state_dict())
+    fast = pbm.optimize(model, precision)
+    kind = pbm.nn.Int8Linear if precision == "int8" else pbm.nn.Linear
+    assert [type(m) for m in (fast.first, fast.body[0], fast.body[2], fast.head)] == [kind] * 4
+    assert type(model.first) is type(model.head) is nn.Linear
+    with torch.no_grad():
+        assert difference(fast(x), model(x))[0] < BOUND[precision]
+        for parameter in fast.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_inplace_and_restore(model, x, precision) -> None:
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    with torch.no_grad():
+        expected = model(x)
+    assert pbm.optimize(model, precision, inplace=True) is model
+    assert dict(model.named_modules()) == modules  # the same objects
+    with torch.no_grad():
+        model(x)
+    assert pbm.restore(model) is model
+    assert {name: type(m) for name, m in model.named_modules()} == {
+        name: nn.Linear if name in ("first", "body.0", "body.2", "head") else type(m)
+        for name, m in modules.items()
+    }
+    assert dict(model.named_parameters()) == parameters
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    assert set(vars(model.first)) == set(vars(nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match="model was not optimized"):
+        pbm.report(model)
+
+
+def test_checkpoints_go_both_ways(model, x) -> None:
+    fast = pbm.optimize(type(model)())
+    assert list(fast.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        fast(x)
+        fast.load_state_dict(model.state_dict())
+        assert difference(fast(x), model(x))[0] < 1e-6
+    model.load_state_dict(fast.state_dict())
+    int8 = pbm.optimize(model, "int8")
+    fresh = pbm.optimize(type(model)(), "int8")
+    fresh.load_state_dict(int8.state_dict())
+    assert torch.equal(fresh(x), int8(x))
+
+
+def test_training_is_torchs(model, x) -> None:
+    fast = pbm.optimize(model)
+    for trained in (model, fast):
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            trained(x).square().mean().backward()
+            optimizer.step()
+    with torch.no_grad():
+        assert difference(fast(x), model(x))[0] < 1e-3
+    restored = pbm.restore(fast)
+    assert type(restored.head) is nn.Linear
+    torch.testing.assert_close(restored.head.weight, model.head.weight, rtol=1e-2, atol=1e-4)
+
+
+def test_restore_after_casts_gives_the_casts(model) -> None:
+    weight = model.head.weight.detach().clone()
+    fast = pbm.optimize(model, "int8").bfloat16()
+    assert fast.head.weight_scale.dtype == torch.float32
+    pbm.restore(fast)
+    assert torch.equal(fast.head.weight, weight.bfloat16())
+    assert fast.head.bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("lose", ["keep_original", "pickle"])
+def test_restore_without_originals_gives_what_int8_computed_with(model, x, lose) -> None:
+    fast = pbm.optimize(model, "int8", keep_original=lose != "keep_original")
+    expected = fast.head.dequantized_weight()
+    if lose == "pickle":
+        fast = pickle.loads(pickle.dumps(fast))
+    before, after = (sum(m.nbytes for m in fast.head.buffers()), fast.head.in_features)
+    assert before < 16 * (after + 4) + 100
+    with torch.no_grad():
+        y = fast(x)
+        pbm.restore(fast)
+        assert isinstance(fast.head.weight, nn.Parameter) and fast.head.weight.requires_grad
+        assert torch.equal(fast.head.weight, expected)
+        assert difference(fast(x), y)[0] < BOUND["int8"]
+
+
+def test_originals_are_out_of_reach(model) -> None:
+    fast = pbm.optimize(model, "int8")
+    assert list(fast.parameters()) == []
+    assert set(fast.head.state_dict()) == {"weight", "weight_scale", "bias"}
+    assert list(fast.head.children()) == []
+    again = copy.deepcopy(fast)
+    pbm.restore(again)
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_model_that_is_one_layer(precision) -> None:
+    layer = nn.Linear(40, 10)
+    fast = pbm.optimize(layer, precision)
+    assert type(fast) is not nn.Linear and type(layer) is nn.Linear
+    assert "(the model)" in str(pbm.report(fast))
+    assert pbm.optimize(layer, precision, inplace=True) is layer
+    assert type(pbm.restore(layer)) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor.*:UserWarning")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_transformer_layers_are_not_broken(precision, training) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(32, 32), nn.TransformerEncoder(layer, 2)).train(training)
+    fast = pbm.optimize(model, precision)
+    x = torch.randn(2, 5, 32)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert difference(fast(x), model(x))[0] < BOUND[precision]
+    rows = {row.path: row for row in pbm.report(fast).rows}
+    assert rows["0"].replaced_by is not None
+    assert "fast path" in rows["1.layers.0.linear1"].left
+    assert "MultiheadAttention" in rows["1.layers.1.self_attn.out_proj"].left
+    assert len(pbm.report(fast).replaced) == 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_transformer_decoder(precision) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True).eval()
+    fast = pbm.optimize(model, precision)
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert difference(fast(x, x), model(x, x))[0] < BOUND[precision]
+    assert [row.path for row in pbm.report(fast).replaced] == ["linear1", "linear2"]
+
+
+def test_restore_frees_the_packed_copies(model, x) -> None:
+    fast = pbm.optimize(model)
+    with torch.no_grad():
+        fast(x)
+    weights = [id(parameter) for parameter in fast.parameters()]
+    assert any(weight in _packing._entries for weight in weights)
+    pbm.restore(fast)
+    assert not any(weight in _packing._entries for weight in weights)

@@ -20,8 +20,10 @@ CPP_FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -na
 export PYBIGMODEL_CUDA
 export PATH := $(BIN):$(PATH)
 
-# pip cannot install twice at once into one environment, and the compiler is parallel already (ninja).
+# pip cannot install twice at once into one environment, and ninja compiles in parallel by itself: with -j too, one
+# recipe at a time, and no jobserver for ninja to join.
 .NOTPARALLEL:
+unexport MAKEFLAGS MFLAGS
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .DEFAULT_GOAL := help
@@ -39,7 +41,7 @@ help:
 	@echo 'make clean    remove build/, dist/ and built libraries (distclean: and $(VENV))'
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  PYBIGMODEL_CUDA=$(PYBIGMODEL_CUDA) (AUTO, ON, OFF)'
-	@echo '           ARGS: passed on to pytest by test, bench and gpu, and to pybigmodel demo by demo'
+	@echo '           ARGS: more arguments for pytest (test: paths are relative to tests/; bench; gpu) or for pybigmodel demo'
 
 # --- what users and CI run ----------------------------------------------------------------------------------------
 .PHONY: demo test test-cpp test-python bench
@@ -51,8 +53,9 @@ test: test-cpp test-python
 test-cpp: build/tests-cpp/.built
 	for program in build/tests-cpp/tests/cpp/*_tests; do $$program || exit 1; done
 
+# From tests/, since `python -c` in a subprocess of a test puts the current directory on its path.
 test-python: $(STAMPS)/installed $(STAMPS)/group-test
-	$(RUN) $(BIN)/pytest $(ARGS)
+	cd tests && $(RUN) $(BIN)/pytest $(ARGS)
 
 bench: $(STAMPS)/installed $(STAMPS)/group-bench
 	$(RUN) $(BIN)/pytest benchmarks $(ARGS)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 import pybigmodel as pbm
-from pybigmodel._console import CommandError, table
+from pybigmodel._console import CommandError, OtherLoad, load_note, table
 from pybigmodel.testing.timers import wait_until_idle
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -147,32 +147,34 @@ def time_in_turns(
     for r in range(rounds + 1):
         for i in range(len(names)):
             name = names[(i + r) % len(names)]
+            step(f"timing {name}")
             wait_until_idle()
             start = time.perf_counter()
             embed(models[name], batches)
             seconds[name].append(time.perf_counter() - start)
-            step(f"timing {name}")
     return {name: statistics.median(samples[1:]) for name, samples in seconds.items()}
 
 
 def run(sentences: int, batch_size: int, rounds: int) -> tuple[dict[str, Any], str]:
     steps = 2 + len(PRECISIONS) + (1 + len(PRECISIONS)) * (rounds + 1)
     with progress(steps) as step, torch.no_grad():
-        texts = stdlib_sentences(sentences)
         step("reading Python's documentation")
+        texts = stdlib_sentences(sentences)
+        step("loading all-MiniLM-L6-v2")
         model, tokenizer = load()
         batches = tokenize(tokenizer, texts, batch_size)
-        step("loading all-MiniLM-L6-v2")
         models: dict[str, nn.Module] = {EAGER: model}
         for precision in PRECISIONS:
+            step(f"optimizing for {precision}")
             models[f"pybigmodel {precision}"] = pbm.optimize(
                 model,
                 precision,
                 example_inputs=batches[len(batches) // 2],
                 keep_original=False,  # nothing here calls restore
             )
-            step(f"optimizing for {precision}")
+        machine = OtherLoad()
         seconds = time_in_turns(models, batches, rounds, step)
+        others = machine.cores()
         results = compare(models, batches, seconds, sentences)
     reports = {name: pbm.report(models[name]) for name in models if name != EAGER}
     facts = {
@@ -182,6 +184,7 @@ def run(sentences: int, batch_size: int, rounds: int) -> tuple[dict[str, Any], s
         "threads": torch.get_num_threads(),
         "isa": pbm._native.active_isa(),
         "torch": torch.__version__,
+        "cores_used_by_others": others,
         "results": [vars(result) for result in results],
         "reports": {name: report.to_dict() for name, report in reports.items()},
     }
@@ -224,12 +227,16 @@ def progress(steps: int) -> Iterator[Step]:
         raise CommandError(f"{missing.name} is not installed; install it: {INSTALL}") from None
     console = Console(stderr=True)
     with Progress(console=console, auto_refresh=False, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("starting", total=steps)
+        task = bar.add_task("", total=steps)
+        started = 0
 
-        def step(done: str) -> None:
-            bar.update(task, advance=1, description=done, refresh=True)
+        def step(doing: str) -> None:
+            nonlocal started
+            bar.update(task, completed=started, description=doing, refresh=True)
+            started += 1
 
         yield step
+        bar.update(task, completed=steps, description="done")
 
 
 def render(facts: dict[str, Any], report: str) -> str:
@@ -257,7 +264,8 @@ def render(facts: dict[str, Any], report: str) -> str:
     return (
         f"{facts['model']}: {facts['sentences']} sentences of Python's documentation, "
         f"{facts['tokens']} tokens, {facts['threads']} threads, {facts['isa']} kernels, "
-        f"torch {facts['torch']}\n\n{table(header, rows)}\n\n"
+        f"torch {facts['torch']}\n\n{table(header, rows)}"
+        f"{load_note(facts['cores_used_by_others'])}\n\n"
         "cosine: each embedding against eager's; same neighbour: the most similar other sentence "
         f"is the same as eager's\n\nWhat int8 did to each layer (pbm.report):\n{report}"
     )

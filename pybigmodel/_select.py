@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from pybigmodel.nn import Int8Linear, Linear
-from pybigmodel.ops._common import FLOAT_DTYPES, MAX_INT8_K
+from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K
 
 Selection: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
 

@@ -26,10 +26,10 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   exit 1
 fi
 if [ "$gpu" = no ] && ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-  need "Python $version has no venv module; install it: apt-get install python3-venv"
+  need "Python $version has no venv module; install it: apt-get install python$version-venv"
 fi
 if ! "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'; then
-  need "Python $version has no headers (Python.h); install them: apt-get install python3-dev"
+  need "Python $version has no headers (Python.h); install them: apt-get install python$version-dev"
 fi
 if ! command -v "${CXX:-g++}" >/dev/null; then
   need "no C++ compiler '${CXX:-g++}'; install one (apt-get install g++), or name it: CXX=clang++ make ..."

@@ -53,7 +53,7 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  STD_TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, got shape ", shape_of(t));
+  STD_TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, dim == 1 ? " dimension" : " dimensions", ", got shape ", shape_of(t));
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
@@ -75,16 +75,18 @@ inline void check_bias(const char* op, const std::optional<Tensor>& bias, int64_
                   dtype_name(input.scalar_type()), " as input is, or float32; got ", dtype_name(t));
 }
 
-// A residual has the output's shape (leading dimensions of input, then n) and input's dtype.
+// A residual, or a gradient of the output: the output's shape (leading dimensions of input, then n) and input's dtype.
+inline void check_like_output(const char* op, const char* name, const Tensor& t, int64_t n, const Tensor& input) {
+  check_same_device(op, name, t, input);
+  check_dtype(op, name, t, input.scalar_type());
+  bool same = t.dim() == input.dim() && t.size(t.dim() - 1) == n;
+  for (int64_t i = 0; same && i + 1 < t.dim(); i++) same = t.size(i) == input.size(i);
+  STD_TORCH_CHECK(same, op, ": ", name, " must have the output's shape, input's ", shape_of(input),
+                  " with the last dimension ", n, "; got ", shape_of(t));
+}
+
 inline void check_residual(const char* op, const std::optional<Tensor>& residual, int64_t n, const Tensor& input) {
-  if (!residual) return;
-  const Tensor& r = *residual;
-  check_same_device(op, "residual", r, input);
-  check_dtype(op, "residual", r, input.scalar_type());
-  bool same = r.dim() == input.dim() && r.size(r.dim() - 1) == n;
-  for (int64_t i = 0; same && i + 1 < r.dim(); i++) same = r.size(i) == input.size(i);
-  STD_TORCH_CHECK(same, op, ": residual must have the output's shape, input's ", shape_of(input),
-                  " with the last dimension ", n, "; got ", shape_of(r));
+  if (residual) check_like_output(op, "residual", *residual, n, input);
 }
 
 inline void check_activation(const char* op, int64_t activation) {

@@ -69,8 +69,9 @@ Tensor weight_gradient(const RowView& dy, const RowView& x, const Tensor& weight
   return out;
 }
 
-Tensor bias_gradient(const RowView& dy, ScalarType dtype) {
-  Tensor out = empty_cpu(&dy.columns, 1, dtype);
+// In fp32 whatever the gradient's dtype: a bias may be fp32 beside bf16 tensors, and rounding twice helps nobody.
+Tensor bias_gradient(const RowView& dy) {
+  Tensor out = empty_cpu(&dy.columns, 1, ScalarType::Float);
   const ColumnSum s{dy.rows, dy.columns, dy.data, dtype_of(dy.tensor), dy.row_stride, out.mutable_data_ptr(), dtype_of(out)};
   const int64_t parts = dy.rows * dy.columns > 65536 ? torch::stable::get_num_threads() : 1;
   parallel(parts, [&](int64_t begin, int64_t end) {
@@ -86,15 +87,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
                                                    const Tensor& weight, int64_t precision, bool need_input,
                                                    bool need_weight, bool need_bias) {
   check_linear("linear_backward", input, weight);
-  check_dtype("linear_backward", "grad_output", grad_output, input.scalar_type());
-  check_residual("linear_backward", grad_output, weight.size(0), input);
+  check_like_output("linear_backward", "grad_output", grad_output, weight.size(0), input);
   const Flavour flavour = flavour_of("linear_backward", input, precision);
   const RowView dy = row_view(grad_output), x = row_view(input), w = row_view(weight);
   const int64_t nothing = 0;
-  const auto none = [&] { return empty_cpu(&nothing, 1, input.scalar_type()); };
-  return {need_input ? input_gradient(dy, w, input, flavour) : none(),
-          need_weight ? weight_gradient(dy, x, weight, flavour) : none(),
-          need_bias ? bias_gradient(dy, input.scalar_type()) : none()};
+  const auto none = [&](ScalarType t) { return empty_cpu(&nothing, 1, t); };
+  return {need_input ? input_gradient(dy, w, input, flavour) : none(input.scalar_type()),
+          need_weight ? weight_gradient(dy, x, weight, flavour) : none(input.scalar_type()),
+          need_bias ? bias_gradient(dy) : none(ScalarType::Float)};
 }
 
 void pack_all(PackB p) {

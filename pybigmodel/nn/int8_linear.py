@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pybigmodel.ops import pack_int8_linear_weight, quantize_weight
-from pybigmodel.ops._common import MAX_INT8_K, PANEL
+from pybigmodel.ops._checks import MAX_INT8_K, PANEL
 
 _int8_linear = torch.ops.pybigmodel.int8_linear.default
 _int8_weight_only_linear = torch.ops.pybigmodel.int8_weight_only_linear.default
@@ -109,7 +110,9 @@ class Int8Linear(torch.nn.Module):
         """The int8 weight (out_features, in_features), a copy."""
         panels = self.packed_weight[:, :-1].unflatten(2, (PANEL, 4))  # the last group: column sums
         full: Tensor = panels.transpose(1, 2).flatten(2).flatten(0, 1)
-        return full[: self.out_features, : self.in_features].contiguous()
+        # clone, where contiguous() might give a view of the padded storage.
+        part = full[: self.out_features, : self.in_features]
+        return part.clone(memory_format=torch.contiguous_format)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight that the layer computes with: scale · weight."""
@@ -229,6 +232,21 @@ class Int8Linear(torch.nn.Module):
             f"bias={self.bias is not None}, {mode}, symmetric={self.symmetric}"
         )
 
+
+# --- to another process: the packed weight itself, so that it stays shared ------------------------
+
+
+def _send(layer: Int8Linear) -> tuple[Callable[..., Int8Linear], tuple[Any, ...]]:
+    return _receive, (type(layer), vars(layer))
+
+
+def _receive(kind: type[Int8Linear], state: dict[str, Any]) -> Int8Linear:
+    layer = kind.__new__(kind)
+    layer.__dict__ = state
+    return layer
+
+
+ForkingPickler.register(Int8Linear, _send)
 
 # --- the gradient that is not there -------------------------------------------------------------
 

@@ -5,19 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pybigmodel.ops import _checks as check
 from pybigmodel.ops._autocast import register_autocast
-from pybigmodel.ops._common import (
-    FLOAT_DTYPES,
-    GROUP_BYTES,
-    MAX_INT8_K,
-    PANEL,
-    Activation,
-    activation_code,
-    ceil_div,
-    check_epilogue,
-    check_input,
-    refuse_gradient,
-)
+from pybigmodel.ops._common import Activation, activation_code, refuse_gradient
 
 _ops = torch.ops.pybigmodel
 _quantize_per_token = _ops.quantize_per_token.default
@@ -58,7 +48,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the weight is not a floating matrix, or has NaN or infinity in it.
     """
-    if weight.dim() != 2 or weight.dtype not in FLOAT_DTYPES:
+    if weight.dim() != 2 or weight.dtype not in check.FLOAT_DTYPES:
         raise ValueError(
             "quantize_weight: weight must be a float32, bfloat16 or float16 matrix, got "
             f"{weight.dtype} of shape {tuple(weight.shape)}"
@@ -167,7 +157,7 @@ def int8_weight_only_linear(
 
 @torch.library.register_fake("pybigmodel::quantize_per_token")
 def _quantize_per_token_fake(input: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    check_input("quantize_per_token", input)
+    check.check_input("quantize_per_token", input)
     return (
         input.new_empty(input.shape, dtype=torch.int8 if symmetric else torch.uint8),
         input.new_empty(input.shape[:-1], dtype=torch.float32),
@@ -178,11 +168,13 @@ def _quantize_per_token_fake(input: Tensor, symmetric: bool) -> tuple[Tensor, Te
 @torch.library.register_fake("pybigmodel::pack_int8_linear_weight")
 def _pack_int8_linear_weight_fake(weight: Tensor) -> Tensor:
     op = "pack_int8_linear_weight"
-    torch._check(weight.dtype == torch.int8, lambda: f"{op}: weight must be int8")
-    torch._check(weight.dim() == 2, lambda: f"{op}: weight must have 2 dimensions")
+    check.check_dtype(op, "weight", weight, torch.int8)
+    check.check_dim(op, "weight", weight, 2)
     n, k = weight.shape
-    torch._check(k <= MAX_INT8_K, lambda: f"{op}: in_features must be at most {MAX_INT8_K}")
-    return weight.new_empty((ceil_div(n, PANEL), ceil_div(k, 4) + 1, GROUP_BYTES))
+    check.check_int8_k(op, k)
+    return weight.new_empty(
+        (check.ceil_div(n, check.PANEL), check.ceil_div(k, 4) + 1, check.GROUP_BYTES)
+    )
 
 
 def _product_fake(
@@ -192,20 +184,21 @@ def _product_fake(
     weight_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    activation: int,
 ) -> Tensor:
-    check_input(op, input)
-    torch._check(packed_weight.dtype == torch.int8, lambda: f"{op}: packed_weight must be int8")
-    torch._check(packed_weight.dim() == 3, lambda: f"{op}: packed_weight must have 3 dimensions")
-    torch._check(weight_scale.dtype == torch.float32, lambda: f"{op}: weight_scale must be float32")
-    torch._check(weight_scale.dim() == 1, lambda: f"{op}: weight_scale must have 1 dimension")
+    check.check_input(op, input)
+    check.check_dtype(op, "packed_weight", packed_weight, torch.int8)
+    check.check_dtype(op, "weight_scale", weight_scale, torch.float32)
+    check.check_dim(op, "weight_scale", weight_scale, 1)
+    check.check_same_device(op, "weight_scale", weight_scale, input)
     n, k = weight_scale.shape[0], input.shape[-1]
-    torch._check(k <= MAX_INT8_K, lambda: f"{op}: in_features must be at most {MAX_INT8_K}")
-    for axis, expected in enumerate((ceil_div(n, PANEL), ceil_div(k, 4) + 1, GROUP_BYTES)):
-        torch._check(
-            packed_weight.shape[axis] == expected,
-            lambda: f"{op}: packed_weight does not hold in_features = {k}, out_features = {n}",
-        )
-    check_epilogue(op, input, n, bias, residual)
+    check.check_int8_k(op, k)
+    groups = check.ceil_div(k, 4) + 1
+    source = " (the size of weight_scale)"
+    check.check_packed(op, packed_weight, input, groups, check.GROUP_BYTES, n, source)
+    check.check_bias(op, input, n, bias)
+    check.check_like_output(op, "residual", residual, input, n)
+    check.check_range(op, "activation", activation, check.ACTIVATION_COUNT)
     return input.new_empty((*input.shape[:-1], n))
 
 
@@ -219,7 +212,8 @@ def _int8_linear_fake(
     activation: int,
     symmetric: bool,
 ) -> Tensor:
-    return _product_fake("int8_linear", input, packed_weight, weight_scale, bias, residual)
+    op = "int8_linear"
+    return _product_fake(op, input, packed_weight, weight_scale, bias, residual, activation)
 
 
 @torch.library.register_fake("pybigmodel::int8_weight_only_linear")
@@ -232,7 +226,7 @@ def _int8_weight_only_linear_fake(
     activation: int,
 ) -> Tensor:
     op = "int8_weight_only_linear"
-    return _product_fake(op, input, packed_weight, weight_scale, bias, residual)
+    return _product_fake(op, input, packed_weight, weight_scale, bias, residual, activation)
 
 
 # --- autocast: all but the weight's scales, which stay float32 -----------------------------------

@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pybigmodel.ops import _checks as check
 from pybigmodel.ops._autocast import register_autocast
 from pybigmodel.ops._common import (
-    FLOAT_DTYPES,
-    PANEL,
     Activation,
     Precision,
     activation_code,
-    ceil_div,
-    check_epilogue,
-    check_input,
     precision_code,
     refuse_gradient,
 )
@@ -120,25 +116,11 @@ def pack_linear_weight(weight: Tensor, precision: Precision = "fp32") -> Tensor:
 
 @torch.library.register_fake("pybigmodel::linear")
 def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None, precision: int) -> Tensor:
-    _check_linear("linear", input, weight)
-    check_epilogue("linear", input, weight.shape[0], bias, None)
+    op = "linear"
+    check.check_weight(op, input, weight)
+    check.check_bias(op, input, weight.shape[0], bias)
+    check.check_range(op, "precision", precision, 2)
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
-
-
-def _check_linear(op: str, input: Tensor, weight: Tensor) -> None:
-    check_input(op, input)
-    torch._check(weight.dim() == 2, lambda: f"{op}: weight must have 2 dimensions")
-    torch._check(
-        weight.dtype == input.dtype,
-        lambda: f"{op}: weight must be {input.dtype}, got {weight.dtype}",
-    )
-    torch._check(
-        input.shape[-1] == weight.shape[1],
-        lambda: (
-            f"{op}: input's last dimension must be in_features = {weight.shape[1]}, "
-            f"got input of shape {tuple(input.shape)}"
-        ),
-    )
 
 
 @torch.library.register_fake("pybigmodel::linear_backward")
@@ -151,26 +133,27 @@ def _linear_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_linear("linear_backward", input, weight)
+    op = "linear_backward"
+    check.check_weight(op, input, weight)
+    check.check_like_output(op, "grad_output", grad_output, input, weight.shape[0])
+    check.check_range(op, "precision", precision, 2)
     return (
         input.new_empty(input.shape if need_input else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
-        input.new_empty((weight.shape[0],) if need_bias else (0,)),
+        input.new_empty((weight.shape[0],) if need_bias else (0,), dtype=torch.float32),
     )
 
 
 @torch.library.register_fake("pybigmodel::pack_linear_weight")
 def _pack_linear_weight_fake(weight: Tensor, precision: int) -> Tensor:
     op = "pack_linear_weight"
-    torch._check(weight.dim() == 2, lambda: f"{op}: weight must have 2 dimensions")
-    torch._check(
-        weight.dtype in FLOAT_DTYPES,
-        lambda: f"{op}: weight must be float32, bfloat16 or float16, got {weight.dtype}",
-    )
+    check.check_float(op, "weight", weight)
+    check.check_dim(op, "weight", weight, 2)
+    check.check_range(op, "precision", precision, 2)
     n, k = weight.shape
     per_lane = 2 if precision else 1
     return weight.new_empty(
-        (ceil_div(n, PANEL), ceil_div(k, per_lane), PANEL * per_lane),
+        (check.ceil_div(n, check.PANEL), check.ceil_div(k, per_lane), check.PANEL * per_lane),
         dtype=torch.bfloat16 if precision else torch.float32,
     )
 
@@ -185,23 +168,16 @@ def _linear_packed_fake(
     activation: int,
 ) -> Tensor:
     op = "linear_packed"
-    check_input(op, input)
-    torch._check(packed_weight.dim() == 3, lambda: f"{op}: packed_weight must have 3 dimensions")
-    torch._check(
-        packed_weight.dtype in (torch.float32, torch.bfloat16),
-        lambda: f"{op}: packed_weight must be float32 or bfloat16, got {packed_weight.dtype}",
-    )
+    check.check_input(op, input)
+    check.check_dtype(op, "packed_weight", packed_weight, torch.float32, torch.bfloat16)
     per_lane = 1 if packed_weight.dtype == torch.float32 else 2
-    torch._check(
-        packed_weight.shape[0] == ceil_div(out_features, PANEL),
-        lambda: f"{op}: packed_weight does not hold out_features = {out_features}",
-    )
-    torch._check(
-        packed_weight.shape[1] == ceil_div(input.shape[-1], per_lane),
-        lambda: f"{op}: packed_weight does not hold in_features = {input.shape[-1]}",
-    )
-    check_epilogue(op, input, out_features, bias, residual)
-    return input.new_empty((*input.shape[:-1], out_features))
+    n, k = out_features, input.shape[-1]
+    groups = check.ceil_div(k, per_lane)
+    check.check_packed(op, packed_weight, input, groups, check.PANEL * per_lane, n)
+    check.check_bias(op, input, n, bias)
+    check.check_like_output(op, "residual", residual, input, n)
+    check.check_range(op, "activation", activation, check.ACTIVATION_COUNT)
+    return input.new_empty((*input.shape[:-1], n))
 
 
 # --- autograd -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share, public: tolerances, the ISA switch, timers, the roofline probe."""
+"""What tests and benchmarks share, public: tolerances, the ISA switch, timers, roofline probe."""
 
 from pybigmodel.testing.isa import available_isas, force_isa
 from pybigmodel.testing.roofline import cache_sizes, level_of, peak, probe_bytes, read_bandwidth

@@ -41,7 +41,9 @@ def measure_error(actual: Tensor, exact: Tensor) -> Error:
     if exact.dtype != torch.float64:
         raise TypeError(f"exact must be float64, got {exact.dtype}")
     if actual.shape != exact.shape:
-        raise ValueError(f"actual must have exact's shape {tuple(exact.shape)}, got {tuple(actual.shape)}")
+        raise ValueError(
+            f"actual must have exact's shape {tuple(exact.shape)}, got {tuple(actual.shape)}"
+        )
     reachable = exact.to(actual.dtype)
     finite = reachable.isfinite()
     same = (actual == reachable) | (actual.isnan() & reachable.isnan())
@@ -55,9 +57,7 @@ def measure_error(actual: Tensor, exact: Tensor) -> Error:
     def ratio(a: Tensor, b: Tensor) -> float:
         return float(a) / float(b) if float(b) else float("inf")
 
-    return Error(
-        ratio(difference.norm(), e.norm()), ratio(difference.abs().max(), e.abs().max())
-    )
+    return Error(ratio(difference.norm(), e.norm()), ratio(difference.abs().max(), e.abs().max()))
 
 
 def assert_no_worse(
@@ -85,20 +85,23 @@ def assert_no_worse(
     ours, theirs = measure_error(actual, exact), measure_error(torch_result, exact)
     floor = floor_ulps * torch.finfo(actual.dtype).eps
     # Where torch itself is wrong about NaN or infinity, ours has to be right: the floor remains.
-    pairs = (("frobenius", ours.frobenius, theirs.frobenius), ("maximum", ours.maximum, theirs.maximum))
+    pairs = (
+        ("frobenius", ours.frobenius, theirs.frobenius),
+        ("maximum", ours.maximum, theirs.maximum),
+    )
     for norm, mine, other in pairs:
         bound = max(floor, factor * other if other != float("inf") else 0.0)
         if not mine <= bound:
             raise AssertionError(
-                f"{norm} error {mine:.3g} is above {bound:.3g}: ours has {ours}; torch has {theirs}; "
-                f"factor {factor}, floor {floor_ulps} ulp. {_worst(actual, exact)}"
+                f"{norm} error {mine:.3g} is above {bound:.3g}: ours has {ours}; torch has "
+                f"{theirs}; factor {factor}, floor {floor_ulps} ulp. {_worst(actual, exact)}"
             )
 
 
 def assert_exact(actual: Tensor, expected: Tensor) -> None:
     """Fail unless shapes, dtypes and values agree to the last bit (NaNs are equal, as are zeros).
 
-    The rule for integers, for layouts, and for one result computed in two ways that must not differ.
+    The rule for integers, for layouts, and for a result computed in two ways that must not differ.
     """
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -73,7 +73,9 @@ def test_packed_layout(
         assert_exact(ops.pack_linear_weight(w, precision), expected)
 
 
-@pytest.mark.parametrize("lead", [(), (4,), (2, 3), (2, 1, 3), (1, 2, 3, 2), (2, 2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "lead", [(), (4,), (2, 3), (2, 1, 3), (1, 2, 3, 2), (2, 2, 1, 2, 2)], ids=str
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_leading_dimensions(isa: str, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     x, w, b = torch.randn(*lead, 20).to(dtype), torch.randn(18, 20).to(dtype), torch.randn(18)
@@ -86,7 +88,9 @@ def test_leading_dimensions(isa: str, dtype: torch.dtype, lead: tuple[int, ...])
     assert y.shape == (*lead, 18)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0), (0, 5, 0), (3, 0, 0)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0), (0, 5, 0), (3, 0, 0)]
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_empty(isa: str, precision: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
@@ -184,6 +188,20 @@ def test_threads_and_repeats_agree(isa: str, threads: None, op: str) -> None:
                 results.append(ops.linear(x, w, precision="bf16" if "bf16" in op else "fp32"))
         for result in results[1:]:
             assert_exact(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("packed", [None, *PRECISIONS])
+def test_rows_do_not_depend_on_the_batch(isa: str, packed: str | None, dtype: torch.dtype) -> None:
+    x, w = torch.randn(23, 600).to(dtype), torch.randn(50, 600).to(dtype)
+    panels = None if packed is None else ops.pack_linear_weight(w, packed)
+
+    def run(rows: Tensor) -> Tensor:
+        return ops.linear(rows, w) if panels is None else ops.linear_packed(rows, panels, 50)
+
+    whole = run(x)
+    for begin, end in [(0, 1), (22, 23), (3, 5), (4, 7), (6, 10), (8, 16), (1, 22)]:
+        assert_exact(run(x[begin:end]), whole[begin:end])
 
 
 def test_tiers_agree() -> None:

@@ -13,7 +13,15 @@ from pybigmodel import _native, ops
 from pybigmodel.testing import assert_exact, assert_no_worse
 
 # rows and features on both sides of panels (16), tiles (6, 8), blocks of k (256, 512); long rows.
-SHAPES = [(1, 1, 1), (2, 3, 5), (17, 16, 15), (8, 49, 65), (65, 64, 63), (257, 33, 40), (3, 300, 257)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 3, 5),
+    (17, 16, 15),
+    (8, 49, 65),
+    (65, 64, 63),
+    (257, 33, 40),
+    (3, 300, 257),
+]
 SHAPES += [(5000, 19, 17)]
 
 
@@ -86,7 +94,10 @@ def test_only_what_is_needed(needs: int) -> None:
     full = torch.ops.pybigmodel.linear_backward(dy, x, w, 0, True, True, True)
     for part, whole, want in zip(got, full, wanted, strict=True):
         assert_exact(part, whole if want else torch.empty(0))
-    leaves = [t.clone().requires_grad_(want) for t, want in zip((x, w, torch.randn(18)), wanted, strict=True)]
+    leaves = [
+        t.clone().requires_grad_(want)
+        for t, want in zip((x, w, torch.randn(18)), wanted, strict=True)
+    ]
     if not needs:
         return
     ops.linear(*leaves).backward(dy)
@@ -98,12 +109,18 @@ def test_only_what_is_needed(needs: int) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_strides(isa: str, dtype: torch.dtype) -> None:
-    dy, x, w = torch.randn(9, 18).to(dtype), torch.randn(9, 21).to(dtype), torch.randn(18, 21).to(dtype)
+    dy, x, w = (
+        torch.randn(9, 18).to(dtype),
+        torch.randn(9, 21).to(dtype),
+        torch.randn(18, 21).to(dtype),
+    )
     backward = torch.ops.pybigmodel.linear_backward
     plain = backward(dy, x, w, 0, True, True, True)
     for (_, dys), (_, xs), (_, ws) in zip(layouts(dy), layouts(x), layouts(w), strict=True):
         for arguments in ((dys, x, w), (dy, xs, w), (dy, x, ws), (dys, xs, ws)):
-            for actual, expected in zip(backward(*arguments, 0, True, True, True), plain, strict=True):
+            for actual, expected in zip(
+                backward(*arguments, 0, True, True, True), plain, strict=True
+            ):
                 assert_exact(actual, expected)
 
 
@@ -125,7 +142,9 @@ def test_expanded_gradient(isa: str) -> None:
     x, w = torch.randn(2, 5, 20, requires_grad=True), torch.randn(18, 20, requires_grad=True)
     ops.linear(x, w).sum().backward()
     ones = torch.ones(2, 5, 18)
-    expected = torch.ops.pybigmodel.linear_backward(ones, x.detach(), w.detach(), 0, True, True, False)
+    expected = torch.ops.pybigmodel.linear_backward(
+        ones, x.detach(), w.detach(), 0, True, True, False
+    )
     assert_exact(x.grad, expected[0])
     assert_exact(w.grad, expected[1])
 

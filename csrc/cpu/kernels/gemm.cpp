@@ -7,8 +7,9 @@ namespace pbm::PBM_TIER {
 namespace {
 
 // Lanes of k that the accumulators take before they are added to memory. Summing in blocks keeps the rounding error of
-// fp32 near √(k·256) instead of k: with 4,096 terms a quarter. int32 is exact and needs no blocks.
-constexpr int64_t kSumLanes = 256;
+// fp32 near √(k·256) instead of k: with 4,096 terms a quarter. int32 is exact and needs no blocks. vdpbf16ps adds its
+// two products at once; where it is emulated a lane is two additions, and blocks are half as long.
+constexpr int64_t sum_lanes(Flavour f) { return f == Flavour::bf16 && PBM_TIER_LEVEL < 3 ? 128 : 256; }
 // Rows of A prepared at a time; their lanes stay in the cache while all of B passes by.
 constexpr int64_t kChunkRows = 384;
 // Where every chunk would pack B again, chunks are as large as this scratch.
@@ -100,7 +101,7 @@ void chunk_times_panels(const Gemm& g, const Rows& a, Range m, const Panels& b, 
   const int64_t per_lane = k_per_lane(g.flavour), width = count * kPanel;
   const bool in_parts = panel_groups(g.k, g.flavour) > kPanelLanes;
   const int64_t part = in_parts ? kPanelLanes * per_lane : g.k > 0 ? g.k : 1;  // k = 0: one empty step
-  const int64_t step = g.flavour == Flavour::u8s8 ? part : min64(part, kSumLanes * per_lane);
+  const int64_t step = g.flavour == Flavour::u8s8 ? part : min64(part, sum_lanes(g.flavour) * per_lane);
   alignas(64) char tile[24 * 64];
   char* acc = in_parts ? static_cast<char*>(scratch(ScratchSlot::accumulators, rows * width * 4)) : tile;
 

@@ -1,0 +1,221 @@
+"""One table of bad calls, fed to the real kernels and to the fake ones: both refuse by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pybigmodel  # noqa: F401 (registers the ops)
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+INT8, LONG = torch.int8, torch.int64
+
+# Good arguments of every op: 5 rows, 20 in_features, 18 out_features. A bad call changes one.
+GOOD: dict[str, dict[str, Any]] = {
+    "linear": {"input": ((5, 20), F32), "weight": ((18, 20), F32), "bias": None, "precision": 0},
+    "linear_backward": {
+        "grad_output": ((5, 18), F32),
+        "input": ((5, 20), F32),
+        "weight": ((18, 20), F32),
+        "precision": 0,
+        "need_input": True,
+        "need_weight": True,
+        "need_bias": True,
+    },
+    "pack_linear_weight": {"weight": ((18, 20), F32), "precision": 0},
+    "linear_packed": {
+        "input": ((5, 20), F32),
+        "packed_weight": ((2, 20, 16), F32),
+        "out_features": 18,
+        "bias": None,
+        "residual": None,
+        "activation": 0,
+    },
+    "quantize_per_token": {"input": ((5, 20), F32), "symmetric": False},
+    "pack_int8_linear_weight": {"weight": ((18, 20), INT8)},
+    "int8_linear": {
+        "input": ((5, 20), F32),
+        "packed_weight": ((2, 6, 64), INT8),
+        "weight_scale": ((18,), F32),
+        "bias": None,
+        "residual": None,
+        "activation": 0,
+        "symmetric": False,
+    },
+}
+GOOD["int8_weight_only_linear"] = {k: v for k, v in GOOD["int8_linear"].items() if k != "symmetric"}
+
+
+@dataclass
+class Bad:
+    op: str
+    argument: str
+    value: Any  # (shape, dtype), an integer, or a call that makes the tensor
+    got: str  # what the message says came
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.argument}-{self.got}"
+
+
+def transposed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape[::-1], dtype=dtype).permute(2, 1, 0)
+
+
+def bad_calls() -> list[Bad]:
+    calls = []
+    floating = {
+        "linear": ["input"],
+        "linear_backward": ["input"],
+        "pack_linear_weight": ["weight"],
+        "linear_packed": ["input"],
+        "quantize_per_token": ["input"],
+        "int8_linear": ["input"],
+        "int8_weight_only_linear": ["input"],
+    }
+    for op, names in floating.items():
+        for name in names:
+            shape = GOOD[op][name][0]
+            calls += [Bad(op, name, (shape, F64), "float64"), Bad(op, name, (shape, LONG), "int64")]
+    for op in ("linear", "linear_backward", "linear_packed", "quantize_per_token"):
+        calls.append(Bad(op, "input", ((), F32), "scalar"))
+    for op in ("linear", "linear_backward"):
+        calls += [
+            Bad(op, "input", ((5, 21), F32), "(5, 21)"),
+            Bad(op, "weight", ((18, 20), BF16), "bfloat16"),
+            Bad(op, "weight", ((20,), F32), "(20,)"),
+            Bad(op, "precision", 2, "2"),
+            Bad(op, "precision", -1, "-1"),
+        ]
+    calls += [
+        Bad("linear_backward", "grad_output", ((5, 17), F32), "(5, 17)"),
+        Bad("linear_backward", "grad_output", ((4, 18), F32), "(4, 18)"),
+        Bad("linear_backward", "grad_output", ((90,), F32), "(90,)"),
+        Bad("linear_backward", "grad_output", ((5, 18), BF16), "bfloat16"),
+        Bad("pack_linear_weight", "weight", ((2, 18, 20), F32), "(2, 18, 20)"),
+        Bad("pack_linear_weight", "precision", 3, "3"),
+        Bad("pack_int8_linear_weight", "weight", ((18, 20), torch.uint8), "uint8"),
+        Bad("pack_int8_linear_weight", "weight", ((20,), INT8), "(20,)"),
+        Bad("pack_int8_linear_weight", "in_features", None, "65794"),
+        Bad("linear_packed", "packed_weight", ((2, 20, 16), torch.float16), "float16"),
+        Bad("linear_packed", "packed_weight", ((2, 21, 16), F32), "(2, 21, 16)"),
+        Bad("linear_packed", "packed_weight", ((3, 20, 16), F32), "(3, 20, 16)"),
+        Bad("linear_packed", "packed_weight", ((2, 20, 32), F32), "(2, 20, 32)"),
+        Bad("linear_packed", "packed_weight", ((2, 20, 32), BF16), "(2, 20, 32)"),
+        Bad("linear_packed", "packed_weight", ((40, 16), F32), "(40, 16)"),
+        Bad("linear_packed", "out_features", -3, "-3"),
+        Bad("linear_packed", "out_features", 33, "33"),
+        Bad("linear_packed", "packed_weight", lambda: transposed((2, 20, 16), F32), "contiguous"),
+    ]
+    for op in ("int8_linear", "int8_weight_only_linear"):
+        calls += [
+            Bad(op, "packed_weight", lambda: transposed((2, 6, 64), INT8), "contiguous"),
+            Bad(op, "packed_weight", ((2, 6, 64), torch.uint8), "uint8"),
+            Bad(op, "packed_weight", ((2, 5, 64), INT8), "(2, 5, 64)"),
+            Bad(op, "packed_weight", ((2, 6, 16), INT8), "(2, 6, 16)"),
+            Bad(op, "packed_weight", ((3, 6, 64), INT8), "(3, 6, 64)"),
+            Bad(op, "packed_weight", ((12, 64), INT8), "(12, 64)"),
+            Bad(op, "weight_scale", ((18,), BF16), "bfloat16"),
+            Bad(op, "weight_scale", ((18, 1), F32), "(18, 1)"),
+            Bad(op, "weight_scale", ((33,), F32), "33"),
+            Bad(op, "in_features", None, "65794"),
+        ]
+    for op in ("linear", "linear_packed", "int8_linear", "int8_weight_only_linear"):
+        calls += [
+            Bad(op, "bias", ((17,), F32), "(17,)"),
+            Bad(op, "bias", ((1, 18), F32), "(1, 18)"),
+            Bad(op, "bias", ((18,), BF16), "bfloat16"),
+        ]
+    for op in ("linear_packed", "int8_linear", "int8_weight_only_linear"):
+        calls += [
+            Bad(op, "residual", ((5, 17), F32), "(5, 17)"),
+            Bad(op, "residual", ((1, 5, 18), F32), "(1, 5, 18)"),
+            Bad(op, "residual", ((18,), F32), "(18,)"),
+            Bad(op, "residual", ((5, 18), BF16), "bfloat16"),
+            Bad(op, "activation", 5, "5"),
+            Bad(op, "activation", -1, "-1"),
+        ]
+    return calls
+
+
+def build(value: Any, device: str) -> Any:
+    if isinstance(value, tuple):
+        return torch.zeros(value[0], dtype=value[1], device=device)
+    return value() if callable(value) else value
+
+
+def call(bad: Bad, device: str = "cpu") -> Any:
+    arguments = dict(GOOD[bad.op])
+    if bad.argument == "in_features":  # one longer than int32 sums allow, everywhere it shows
+        for name, (shape, dtype) in [(n, v) for n, v in arguments.items() if isinstance(v, tuple)]:
+            if name in ("input", "weight"):
+                arguments[name] = ((shape[0], 65794), dtype)
+            elif name == "packed_weight":
+                arguments[name] = ((shape[0], 16450, 64), dtype)
+    else:
+        arguments[bad.argument] = bad.value
+    op = getattr(torch.ops.pybigmodel, bad.op)
+    return op(*(build(value, device) for value in arguments.values()))
+
+
+def refuses(bad: Bad, run: Callable[[], Any]) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        run()
+    message = str(caught.value).partition("\n")[0]
+    # torch puts the C++ function, file and line in front; never a path of the build machine.
+    assert re.search(rf"(^|, ){bad.op}: ", message), message
+    assert not re.search(r"(^|\s)/", message), message
+    assert re.search(rf"\b{bad.argument}\b", message), f"{bad.argument} is not named: {message}"
+    return message
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_the_table_changes_good_calls(op: str) -> None:
+    good = Bad(op, next(iter(GOOD[op])), next(iter(GOOD[op].values())), "")
+    call(good)
+    with FakeTensorMode():
+        call(good)
+    call(good, "meta")
+
+
+@pytest.mark.parametrize("bad", bad_calls(), ids=str)
+def test_real_kernel(bad: Bad) -> None:
+    message = refuses(bad, lambda: call(bad))
+    assert bad.got in message, f"what came, {bad.got}, is not in: {message}"
+
+
+@pytest.mark.parametrize("bad", bad_calls(), ids=str)
+def test_fake_kernel(bad: Bad) -> None:
+    with FakeTensorMode():
+        message = refuses(bad, lambda: call(bad))
+    assert bad.got in message, f"what came, {bad.got}, is not in: {message}"
+
+
+def tensors_beside_input() -> list[Bad]:
+    shapes = {"bias": ((18,), F32), "residual": ((5, 18), F32)}
+    return [
+        Bad(op, name, shapes.get(name, value), "meta")
+        for op, arguments in GOOD.items()
+        for name, value in arguments.items()
+        if "input" in arguments and name != "input" and (isinstance(value, tuple) or name in shapes)
+    ]
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("bad", tensors_beside_input(), ids=str)
+def test_devices_differ(bad: Bad, fake: bool) -> None:
+    """torch sends a call with one meta tensor to the fake kernel: that has to look at devices."""
+    shape, dtype = bad.value
+    moved = Bad(
+        bad.op, bad.argument, lambda: torch.zeros(shape, dtype=dtype, device="meta"), "meta"
+    )
+    if not fake:
+        refuses(bad, lambda: call(moved))
+    else:
+        with FakeTensorMode():
+            refuses(bad, lambda: call(moved))

@@ -1,0 +1,205 @@
+"""What torch demands of each op: schema, fake kernel, autograd, compile, export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pybigmodel import ops
+from pybigmodel.testing import assert_exact, assert_no_worse
+
+pbm = torch.ops.pybigmodel
+
+
+def packed_int8() -> tuple[Tensor, Tensor]:
+    w = torch.randint(-127, 128, (18, 20), dtype=torch.int8)
+    return ops.pack_int8_linear_weight(w), torch.rand(18) / 100
+
+
+def samples() -> dict[str, tuple[Any, ...]]:
+    x, w, b = torch.randn(5, 20), torch.randn(18, 20), torch.randn(18)
+    r, dy = torch.randn(5, 18), torch.randn(5, 18)
+    packed, scale = packed_int8()
+    half, x3 = torch.bfloat16, torch.randn(2, 3, 20)
+    return {
+        "linear": (x, w, b, 0),
+        "linear, no bias, bf16": (x3.to(half), w.to(half), None, 0),
+        "linear, precision": (x3, w, b, 1),
+        "linear_backward": (dy, x, w, 0, True, True, True),
+        "linear_backward, input only": (dy, x, w, 0, True, False, False),
+        "pack_linear_weight": (w, 0),
+        "pack_linear_weight, bf16": (w, 1),
+        "linear_packed": (x, pbm.pack_linear_weight(w, 0), 18, b, r, 2),
+        "linear_packed, bf16": (x3.to(half), pbm.pack_linear_weight(w, 1), 18, None, None, 0),
+        "quantize_per_token": (x3, False),
+        "quantize_per_token, symmetric": (x, True),
+        "pack_int8_linear_weight": (torch.ones(18, 20, dtype=torch.int8),),
+        "int8_linear": (x, packed, scale, b, r, 4, False),
+        "int8_linear, symmetric": (x3.to(half), packed, scale, None, None, 0, True),
+        "int8_weight_only_linear": (x, packed, scale, b, r, 3),
+        "int8_weight_only_linear, bf16": (x3.to(half), packed, scale, None, None, 0),
+    }
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_opcheck(name: str) -> None:
+    op = getattr(pbm, name.partition(",")[0]).default
+    torch.library.opcheck(op, samples()[name])
+
+
+def test_every_op_is_checked() -> None:
+    checked = {name.partition(",")[0] for name in samples()}
+    schemas = (Path(__file__).parents[2] / "csrc" / "ops.cpp").read_text()
+    assert set(re.findall(r'm\.def\("(\w+)\(', schemas)) == checked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_with_gradients(dtype: torch.dtype) -> None:
+    leaves = [torch.randn(s).to(dtype).requires_grad_() for s in ((2, 5, 20), (18, 20), (18,))]
+    # Eager and compiled take the same kernels: the comparison of gradients is to the bit but for
+    # sums of the bias, which torch's own tolerance covers.
+    torch.library.opcheck(pbm.linear.default, (*leaves, 0))
+
+
+class Net(nn.Module):
+    """Every op in one graph, with sizes that depend on the input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(18, 20) / 5)
+        self.bias = nn.Parameter(torch.randn(18))
+        self.register_buffer("packed", ops.pack_linear_weight(self.weight.detach()))
+        packed, scale = packed_int8()
+        self.register_buffer("int8", packed)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.detach()
+        y = ops.linear(x, self.weight.detach(), bias, activation="gelu")
+        y = ops.linear_packed(x, self.packed, 18, bias, activation="silu", residual=y)
+        y = y + ops.int8_linear(x, self.int8, self.scale, bias, residual=y)
+        y = y + ops.int8_weight_only_linear(x, self.int8, self.scale, activation="relu")
+        q, scale, zero = ops.quantize_per_token(y)
+        return (q.float() - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+BACKEND = "aot_eager"  # tracing, fake kernels and autograd; inductor would need a compiler for each
+
+
+@torch.no_grad()
+def test_compile_static_and_dynamic() -> None:
+    net = Net()
+    for dynamic in (False, True):
+        compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend=BACKEND)
+        for rows in (3, 7, 64):
+            x = torch.randn(2, rows, 20)
+            assert_exact(compiled(x), net(x))
+
+
+@torch.no_grad()
+def test_dynamic_shapes_do_not_recompile() -> None:
+    net, traced = Net(), []
+
+    def count(graph: Any, inputs: Any) -> Callable[..., Any]:
+        traced.append(graph)
+        return graph.forward  # type: ignore[no-any-return]
+
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=count)
+    for rows in (3, 7, 64, 1000):
+        compiled(torch.randn(2, rows, 20))
+    assert len(traced) == 1
+
+
+def test_compile_training() -> None:
+    x = torch.randn(2, 7, 20)
+    leaves = [torch.randn(18, 20, requires_grad=True), torch.randn(18, requires_grad=True)]
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return ops.linear(x, w, b, activation="gelu").square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=BACKEND)
+    expected = torch.autograd.grad(loss(x, *leaves), leaves)
+    for actual, reference in zip(
+        torch.autograd.grad(compiled(x, *leaves), leaves), expected, strict=True
+    ):
+        assert_no_worse(actual, reference, reference.double())
+
+
+@torch.no_grad()
+def test_export() -> None:
+    net, rows = Net().eval(), torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(net, (torch.randn(2, 7, 20),), dynamic_shapes=({1: rows},))
+    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    for op in (
+        "linear",
+        "linear_packed",
+        "int8_linear",
+        "int8_weight_only_linear",
+        "quantize_per_token",
+    ):
+        assert f"pybigmodel.{op}.default" in called
+    for count in (2, 31, 500):
+        x = torch.randn(2, count, 20)
+        assert_exact(program.module()(x), net(x))
+
+
+@torch.no_grad()
+def test_compile_of_packing() -> None:
+    """Packing inside a graph: what a layer does whose weight changed."""
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        q, scale, _ = ops.quantize_per_token(w, symmetric=True)
+        y = ops.int8_linear(x, ops.pack_int8_linear_weight(q), scale)
+        return y + ops.linear_packed(x, ops.pack_linear_weight(w, "bf16"), w.shape[0])
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=BACKEND)
+    for m, n, k in [(3, 18, 20), (5, 33, 47)]:
+        x, w = torch.randn(m, k), torch.randn(n, k)
+        assert_exact(compiled(x, w), f(x, w))
+
+
+def test_second_gradient_is_refused() -> None:
+    x, w = torch.randn(5, 20, requires_grad=True), torch.randn(18, 20, requires_grad=True)
+    (dx,) = torch.autograd.grad(ops.linear(x, w).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"linear.*gradient of its gradient"):
+        torch.autograd.grad(dx.sum(), w)
+
+
+@pytest.mark.parametrize("argument", ["input", "bias", "residual"])
+def test_inference_ops_refuse_gradients(argument: str) -> None:
+    packed, scale = packed_int8()
+    panels = ops.pack_linear_weight(torch.randn(18, 20))
+    given = {"input": torch.randn(5, 20), "bias": torch.randn(18), "residual": torch.randn(5, 18)}
+    given[argument].requires_grad_()
+    x = given.pop("input")
+    calls: list[Callable[[], Tensor]] = [
+        lambda: ops.linear_packed(x, panels, 18, **given),
+        lambda: ops.int8_linear(x, packed, scale, **given),
+        lambda: ops.int8_weight_only_linear(x, packed, scale, **given),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=rf"{argument} requires grad.*no gradient"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+def test_vmap() -> None:
+    """torch falls back to a loop for ops without a batching rule: slow, and right."""
+    x, w = torch.randn(4, 5, 20), torch.randn(18, 20)
+    with pytest.warns(UserWarning, match="performance drop"):
+        y = torch.func.vmap(lambda t: ops.linear(t, w))(x)
+    assert_exact(y, ops.linear(x, w))

@@ -18,6 +18,11 @@ import record
 from harness import Builder, Effort, Group
 from shapes import Problem
 
+import pybigmodel
+
+# For every provider alike: outputs of more than a few MiB would measure the kernel's page faults.
+pybigmodel.configure(retain_memory=True)
+
 _QUICK_SKIPS = ("torch_compile", "torchao_dynamic_compiled")  # seconds of compilation each
 
 

@@ -30,11 +30,10 @@ def precision_code(precision: str) -> int:
 
 
 def refuse_gradient(op: str, **tensors: Tensor | None) -> None:
-    """An op for inference must not be where a gradient silently ends."""
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{op}: {name} requires grad, and this op has no gradient: call it under "
-                    "torch.no_grad(), or detach the tensor; pybigmodel.ops.linear is differentiable"
-                )
+    """For an op of inference while gradients are recorded: none may silently end in it."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op}: {name} requires grad, and this op has no gradient: call it under "
+                "torch.no_grad(), or detach the tensor; pybigmodel.ops.linear is differentiable"
+            )

@@ -110,7 +110,8 @@ def int8_linear(
         RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
             are recorded, naming the argument.
     """
-    refuse_gradient("int8_linear", input=input, bias=bias, residual=residual)
+    if torch.is_grad_enabled():
+        refuse_gradient("int8_linear", input=input, bias=bias, residual=residual)
     y: Tensor = _int8_linear(
         input,
         packed_weight,
@@ -145,7 +146,8 @@ def int8_weight_only_linear(
         RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
             are recorded, naming the argument.
     """
-    refuse_gradient("int8_weight_only_linear", input=input, bias=bias, residual=residual)
+    if torch.is_grad_enabled():
+        refuse_gradient("int8_weight_only_linear", input=input, bias=bias, residual=residual)
     y: Tensor = _int8_weight_only_linear(
         input, packed_weight, weight_scale, bias, residual, activation_code(activation)
     )

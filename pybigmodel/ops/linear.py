@@ -89,7 +89,8 @@ def linear_packed(
         RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
             are recorded, naming the argument.
     """
-    refuse_gradient("linear_packed", input=input, bias=bias, residual=residual)
+    if torch.is_grad_enabled():
+        refuse_gradient("linear_packed", input=input, bias=bias, residual=residual)
     y: Tensor = _linear_packed(
         input, packed_weight, out_features, bias, residual, activation_code(activation)
     )

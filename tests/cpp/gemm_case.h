@@ -52,8 +52,8 @@ struct GemmCase {
                   "%s, A %s (%lld, %lld) prepare %d, B %s %s (%lld, %lld), C %s, m %lld n %lld k %lld, act %d%s%s",
                   name(g.flavour), name(g.a_dtype), (long long)g.a_row, (long long)g.a_col, static_cast<int>(g.prepare),
                   name(b_dtype), g.b_packed ? "packed" : "plain", (long long)b_row, (long long)b_col, name(g.c_dtype),
-                  (long long)g.m, (long long)g.n, (long long)g.k, static_cast<int>(g.activation), g.bias ? ", bias" : "",
-                  g.residual ? ", residual" : "");
+                  (long long)g.m, (long long)g.n, (long long)g.k, static_cast<int>(g.activation),
+                  g.bias ? ", bias" : "", g.residual ? ", residual" : "");
     return text;
   }
 
@@ -91,7 +91,8 @@ inline void choose_a(Rng& rng, GemmCase& c) {
   g.a = c.a.data();
   const int64_t outlier = g.k ? rng.below(g.k) * g.a_col : 0;
   if (g.flavour == Flavour::u8s8 && g.k && rng.chance(4)) put(g.a_dtype, c.a.data(), outlier, rng.value() * 1e4f);
-  if (g.flavour == Flavour::u8s8 && g.k && rng.chance(10)) put(g.a_dtype, c.a.data(), outlier, rng.chance(2) ? NAN : INFINITY);
+  if (g.flavour == Flavour::u8s8 && g.k && rng.chance(10))
+    put(g.a_dtype, c.a.data(), outlier, rng.chance(2) ? NAN : INFINITY);
 }
 
 inline void choose_b(Rng& rng, GemmCase& c) {
@@ -111,7 +112,8 @@ inline void choose_b(Rng& rng, GemmCase& c) {
   if (!g.b_packed) return;
   const int64_t panels = ceil_div(g.n, kPanel), groups = panel_groups(g.k, g.flavour) + int8;
   c.packed = Exact(panels * groups * kGroupBytes);
-  kernels_of(Isa::scalar).pack_b({g.n, g.k, g.flavour, g.b, g.b_dtype, g.b_row, g.b_col, int8, c.packed.data()}, 0, panels);
+  kernels_of(Isa::scalar)
+      .pack_b({g.n, g.k, g.flavour, g.b, g.b_dtype, g.b_row, g.b_col, int8, c.packed.data()}, 0, panels);
   g.b = c.packed.data();
 }
 
@@ -145,7 +147,8 @@ inline GemmCase random_case(Rng& rng) {
   Gemm& g = c.g;
   constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 19, 24, 25, 31};
   constexpr int64_t kColumns[] = {1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 113};
-  constexpr int64_t kDepths[] = {1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 129, 255, 256, 257, 300, 511, 513};
+  constexpr int64_t kDepths[] = {1,  2,  3,  4,   5,   7,   8,   15,  16,  17,  31,
+                                 63, 64, 65, 127, 129, 255, 256, 257, 300, 511, 513};
   g.flavour = static_cast<Flavour>(rng.below(3));
   g.m = rng.of(kRows);
   g.n = rng.of(kColumns);

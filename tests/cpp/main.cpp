@@ -13,9 +13,12 @@ int main(int argc, char** argv) {
     const char* name;
     void (*run)(const test::Options&);
   };
-  const Group groups[] = {{"partition", test::test_partition}, {"convert", test::test_convert},
-                          {"vecmath", test::test_vecmath},     {"quantize", test::test_quantize},
-                          {"pack", test::test_pack},           {"brgemm", test::test_brgemm},
+  const Group groups[] = {{"partition", test::test_partition},
+                          {"convert", test::test_convert},
+                          {"vecmath", test::test_vecmath},
+                          {"quantize", test::test_quantize},
+                          {"pack", test::test_pack},
+                          {"brgemm", test::test_brgemm},
                           {"gemm", test::test_gemm}};
   test::Options options;
   std::vector<std::string> wanted;

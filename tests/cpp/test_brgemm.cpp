@@ -27,7 +27,8 @@ Operands make(Rng& rng, const Shape& s) {
   Operands o;
   const int64_t size = size_of(a_dtype(s.flavour)), groups = panel_groups(s.k, s.flavour);
   const int64_t lda = (s.k + rng.below(5)) * size, a_batch = (s.rows - 1) * lda + s.k * size;
-  const int64_t b_panel = (groups + rng.below(3)) * kGroupBytes, b_batch = (s.panels - 1) * b_panel + groups * kGroupBytes;
+  const int64_t b_panel = (groups + rng.below(3)) * kGroupBytes,
+                b_batch = (s.panels - 1) * b_panel + groups * kGroupBytes;
   // The entries of a batch need not follow in memory in their order.
   for (int64_t i = 0; i < s.batch; i++) {
     o.a_offset.push_back((s.batch - 1 - i) * a_batch);
@@ -38,14 +39,17 @@ Operands make(Rng& rng, const Shape& s) {
   for (int64_t i = 0; i < s.batch; i++)  // the zeros that packing puts behind k
     for (int64_t j = 0; j < s.panels * kPanel; j++)
       for (int64_t k = s.k; k < groups * k_per_lane(s.flavour); k++)
-        put(b_dtype(s.flavour), o.b.data() + i * b_batch + j / kPanel * b_panel + k / k_per_lane(s.flavour) * kGroupBytes,
+        put(b_dtype(s.flavour),
+            o.b.data() + i * b_batch + j / kPanel * b_panel + k / k_per_lane(s.flavour) * kGroupBytes,
             j % kPanel * k_per_lane(s.flavour) + k % k_per_lane(s.flavour), 0);
   const int64_t ldc = s.panels * kPanel + rng.below(3) * kPanel;
   o.c = random_elements(rng, DType::f32, (s.rows - 1) * ldc + s.panels * kPanel);
   if (s.flavour == Flavour::u8s8)
     for (int64_t i = 0; i < o.c.bytes() / 4; i++) o.c.as<int32_t>()[i] = static_cast<int32_t>(rng.between(-1000, 1000));
-  o.p = {o.a.data(), lda, s.offsets ? o.a_offset.data() : nullptr, o.b.data(), b_panel,
-         s.offsets ? o.b_offset.data() : nullptr, s.batch, s.k, o.c.data(), ldc, s.accumulate};
+  o.p = {o.a.data(), lda,         s.offsets ? o.a_offset.data() : nullptr,
+         o.b.data(), b_panel,     s.offsets ? o.b_offset.data() : nullptr,
+         s.batch,    s.k,         o.c.data(),
+         ldc,        s.accumulate};
   return o;
 }
 
@@ -64,8 +68,8 @@ void test_one(Rng& rng, Isa isa, const Shape& s) {
         const char* a = p.a + (p.a_offset ? p.a_offset[i] : 0) + r * p.lda;
         const char* b = p.b + (p.b_offset ? p.b_offset[i] : 0) + j / kPanel * p.b_panel;
         for (int64_t k = 0; k < s.k; k++) {
-          const double product = get(a_dtype(s.flavour), a, k) *
-                                 get(b_dtype(s.flavour), b + k / per_lane * kGroupBytes, j % kPanel * per_lane + k % per_lane);
+          const double product = get(a_dtype(s.flavour), a, k) * get(b_dtype(s.flavour), b + k / per_lane * kGroupBytes,
+                                                                     j % kPanel * per_lane + k % per_lane);
           sum += product;
           size += std::fabs(product);
         }
@@ -74,7 +78,8 @@ void test_one(Rng& rng, Isa isa, const Shape& s) {
       // Each product is rounded at most twice (the portable tier does not fuse), as is adding to C.
       const double bound = t == DType::s32 ? 0 : size * 0x1p-23 * static_cast<double>(s.batch * s.k + 2);
       CHECK(std::fabs(got - sum) <= bound, "%s: %s %dx%d, k %lld, batch %lld: C(%d, %lld) is %.9g, expected %.9g",
-            isa_name(isa), name(s.flavour), s.rows, s.panels, (long long)s.k, (long long)s.batch, r, (long long)j, got, sum);
+            isa_name(isa), name(s.flavour), s.rows, s.panels, (long long)s.k, (long long)s.batch, r, (long long)j, got,
+            sum);
     }
     for (int64_t j = s.panels * kPanel; j < p.ldc && r + 1 < s.rows; j++)
       CHECK(std::memcmp(o.c.data() + (r * p.ldc + j) * 4, before.data() + (r * p.ldc + j) * 4, 4) == 0,

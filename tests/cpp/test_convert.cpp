@@ -35,7 +35,8 @@ std::vector<float> interesting_floats(Rng& rng, int64_t random) {
     for (uint32_t rest : {0u, 1u, 0x0fffu, 0x1000u, 0x1001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
       x.push_back(float_of(top << 16 | rest));
   for (uint32_t half = 0; half < 0x7c00; half += 7) {  // halfway between two halves, and beside it
-    const uint32_t middle = bits_of((from_f16(static_cast<uint16_t>(half)) + from_f16(static_cast<uint16_t>(half + 1))) / 2);
+    const uint32_t middle =
+        bits_of((from_f16(static_cast<uint16_t>(half)) + from_f16(static_cast<uint16_t>(half + 1))) / 2);
     for (uint32_t u : {middle - 1, middle, middle + 1}) x.push_back(float_of(u));
   }
   for (int64_t i = 0; i < random; i++) x.push_back(float_of(static_cast<uint32_t>(rng.bits())));
@@ -90,8 +91,9 @@ void test_tails(Isa isa, Rng& rng) {
         probe_of(isa).convert(from, to, x.data(), y.data(), count);
         for (int64_t i = 0; i < count; i++) {
           const double expected = get(from, x.data(), i), got = get(to, y.data(), i);
-          CHECK(std::fabs(got - expected) <= rounding(to, expected), "%s: element %lld of %lld, %s to %s: %g, expected %g",
-                isa_name(isa), (long long)i, (long long)count, name(from), name(to), got, expected);
+          CHECK(std::fabs(got - expected) <= rounding(to, expected),
+                "%s: element %lld of %lld, %s to %s: %g, expected %g", isa_name(isa), (long long)i, (long long)count,
+                name(from), name(to), got, expected);
         }
       }
 }

@@ -39,7 +39,8 @@ Expected expected(const GemmCase& c, const RowOperand& row, int64_t i, int64_t j
     const double scale = g.col_scale[j];
     sum *= scale;
     // Digits: every element is off by at most `error`, and the sum of the upper digits is rounded to 24 bits.
-    bound = (std::fabs(sum) * 0x1p-22 + row.error * weights * scale * 1.02) + size * scale * (row.error > 0 ? 0x1p-22 : 0);
+    bound =
+        (std::fabs(sum) * 0x1p-22 + row.error * weights * scale * 1.02) + size * scale * (row.error > 0 ? 0x1p-22 : 0);
   } else {
     // Blocks of at most 512 terms, then the blocks; each product is rounded at most twice.
     const double terms = static_cast<double>(g.k < 512 ? g.k : 512) + static_cast<double>(g.k) / 256 + 4;

@@ -55,7 +55,8 @@ void test_one(Rng& rng, Isa isa) {
       if (b.flavour == Flavour::bf16) expected = from_bf16(to_bf16(static_cast<float>(expected)));
       const double got = packed(b.flavour, out.data(), panel_bytes, p, j);
       CHECK(got == expected, "%s: %s from %s, k %lld, n %lld: B(%lld, %lld) is %g, expected %g", isa_name(isa),
-            name(b.flavour), name(b.b_dtype), (long long)b.k, (long long)b.n, (long long)p, (long long)j, got, expected);
+            name(b.flavour), name(b.b_dtype), (long long)b.k, (long long)b.n, (long long)p, (long long)j, got,
+            expected);
     }
     if (int8) {
       const double got = get(DType::s32, out.data() + j / kPanel * panel_bytes + groups * kGroupBytes, j % kPanel);

@@ -75,18 +75,35 @@ void make_special(Rng& rng, DType t, void* x, int64_t at, int64_t k) {
   const auto at_random = [&](float v) { put(t, x, at + rng.below(k), v); };
   const float largest = t == DType::f32 ? FLT_MAX : t == DType::bf16 ? 3.3e38f : 65504.f;
   switch (rng.below(12)) {
-    case 0: for (int64_t p = 0; p < k; p++) put(t, x, at + p, 0.f); break;
+    case 0:
+      for (int64_t p = 0; p < k; p++) put(t, x, at + p, 0.f);
+      break;
     case 1: at_random(NAN); break;
     case 2: at_random(INFINITY); break;
     case 3: at_random(-INFINITY); break;
-    case 4: at_random(largest); at_random(-largest); break;
-    case 5: for (int64_t p = 0; p < k; p++) put(t, x, at + p, rng.value() * 0x1p-126f); break;  // subnormal
-    case 6: for (int64_t p = 0; p < k; p++) put(t, x, at + p, rng.value() * 0x1p-118f); break;  // scale near 2^-126
-    case 7: for (int64_t p = 0; p < k; p++) put(t, x, at + p, std::fabs(rng.value())); break;
-    case 8: for (int64_t p = 0; p < k; p++) put(t, x, at + p, -std::fabs(rng.value())); break;
-    case 9: for (int64_t p = 0; p < k; p++) put(t, x, at + p, rng.chance(2) ? 0x1.fffffep0f : -0x1.fffffep0f); break;
+    case 4:
+      at_random(largest);
+      at_random(-largest);
+      break;
+    case 5:
+      for (int64_t p = 0; p < k; p++) put(t, x, at + p, rng.value() * 0x1p-126f);
+      break;  // subnormal
+    case 6:
+      for (int64_t p = 0; p < k; p++) put(t, x, at + p, rng.value() * 0x1p-118f);
+      break;  // scale near 2^-126
+    case 7:
+      for (int64_t p = 0; p < k; p++) put(t, x, at + p, std::fabs(rng.value()));
+      break;
+    case 8:
+      for (int64_t p = 0; p < k; p++) put(t, x, at + p, -std::fabs(rng.value()));
+      break;
+    case 9:
+      for (int64_t p = 0; p < k; p++) put(t, x, at + p, rng.chance(2) ? 0x1.fffffep0f : -0x1.fffffep0f);
+      break;
     case 10: at_random(rng.value() * 10000.f); break;
-    default: for (int64_t p = 0; p < k; p++) put(t, x, at + p, float_of(static_cast<uint32_t>(rng.bits()) & 0xbf7fffff)); break;
+    default:
+      for (int64_t p = 0; p < k; p++) put(t, x, at + p, float_of(static_cast<uint32_t>(rng.bits()) & 0xbf7fffff));
+      break;
   }
 }
 

@@ -12,9 +12,7 @@ double exact_exp(double x) { return std::exp(x); }
 double exact_tail(double t) { return 0.5 * std::erfc(t * std::sqrt(0.5)); }
 double exact_relu(double x) { return x > 0 ? x : 0; }
 double exact_gelu(double x) { return 0.5 * x * std::erfc(-x * std::sqrt(0.5)); }
-double exact_gelu_tanh(double x) {
-  return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-}
+double exact_gelu_tanh(double x) { return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 double exact_silu(double x) { return x / (1 + std::exp(-x)); }
 
 // |y - exact| <= relative·|exact| + of_x·|x| + the spacing of subnormals, for low <= x <= high. The relative bounds of the
@@ -76,7 +74,8 @@ void test_nonfinite(Isa isa) {
         isa_name(isa), y[0], y[1], y[2], y[3]);
   for (Activation a : {Activation::relu, Activation::gelu_erf, Activation::gelu_tanh, Activation::silu}) {
     probe.activate(a, x, y, 16);
-    CHECK(std::isnan(y[0]) && std::isnan(y[1]), "%s: activation %d of NaN is %g", isa_name(isa), static_cast<int>(a), y[0]);
+    CHECK(std::isnan(y[0]) && std::isnan(y[1]), "%s: activation %d of NaN is %g", isa_name(isa), static_cast<int>(a),
+          y[0]);
     CHECK(a == Activation::gelu_erf ? !std::isfinite(y[2]) : y[2] == INFINITY, "%s: activation %d of infinity is %g",
           isa_name(isa), static_cast<int>(a), y[2]);
     CHECK(a == Activation::relu ? y[3] == 0 : std::isnan(y[3]), "%s: activation %d of -infinity is %g", isa_name(isa),

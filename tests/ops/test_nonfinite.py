@@ -31,25 +31,23 @@ OPS: dict[str, Op] = {
 }
 
 
-@pytest.mark.parametrize("at", [0, 15, 16, 63, 64, K - 1])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_a_bad_input_spoils_its_row_only(
-    isa: str, op: str, dtype: torch.dtype, bad: float, at: int
-) -> None:
-    x = torch.randn(M, K).to(dtype)
-    clean = OPS[op](x)
+def test_a_bad_input_spoils_its_row_only(isa: str, op: str, dtype: torch.dtype, bad: float) -> None:
+    original = torch.randn(M, K).to(dtype)
+    clean = OPS[op](original)
     assert clean.isfinite().all()
-    x[3, at] = bad
-    y = OPS[op](x)
-    assert not y[3].isfinite().any()
-    if bad != bad or "int8" in op or op == "weight only":  # integers know no infinity: NaN
-        assert y[3].isnan().all()
-    else:
-        assert torch.equal(y[3], torch.inf * W[:, at].sign() * (1 if bad > 0 else -1))
-    keep = [i for i in range(M) if i != 3]
-    assert_exact(y[keep], clean[keep])
+    for at in (0, 15, 16, 63, 64, K - 1):
+        x = original.clone()
+        x[3, at] = bad
+        y = OPS[op](x)
+        if bad != bad or "int8" in op or op == "weight only":  # integers know no infinity: NaN
+            assert y[3].isnan().all()
+        else:
+            assert torch.equal(y[3], torch.inf * W[:, at].sign().to(dtype) * (1 if bad > 0 else -1))
+        keep = [i for i in range(M) if i != 3]
+        assert_exact(y[keep], clean[keep])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -8,17 +8,18 @@ Range part(int64_t total, int64_t unit, int64_t parts, int64_t i) {
   return {begin < total ? begin : total, end < total ? end : total};
 }
 
-// Minimises what the busiest thread does, counted in multiply-adds of one lane of 16: its share of the product, the rows
-// of A that it prepares (again in every part of n), and the panels of B that it packs (again in every part of m).
+// Minimises what the busiest thread does, counted in multiply-adds of one lane of 16: its share of the product, reading
+// its panels of B, the rows of A that it prepares (again in every part of n), and the panels of B that it packs (again
+// in every part of m).
 Grid partition(const Gemm& g, int64_t threads) {
   constexpr double kPrepare = 5, kPack = 8;  // lane-operations per 16 elements
+  constexpr double kReadB = 4;               // lane-operations per group of 64 bytes: 2 cycles, from L2 or L3
   constexpr double kWorthAThread = 4096;     // lane-operations: about 1 µs, what a fork costs
   const int64_t per_lane = k_per_lane(g.flavour);
   const double lanes = static_cast<double>(ceil_div(g.k, per_lane));
   const double work = static_cast<double>(g.m) * lanes * static_cast<double>(ceil_div(g.n, kPanel));
-  // Few rows are bound by reading B: 4 rows' work a panel at the least.
-  const double bound = work * (g.m < 4 ? 4.0 / static_cast<double>(g.m < 1 ? 1 : g.m) : 1.0);
-  const int64_t useful = static_cast<int64_t>(bound / kWorthAThread) + 1;
+  const double reading = lanes * static_cast<double>(ceil_div(g.n, kPanel)) * kReadB;
+  const int64_t useful = static_cast<int64_t>((work + reading) / kWorthAThread) + 1;
   const int64_t most = threads < useful ? threads : useful;
 
   Grid best = {1, 1};
@@ -27,7 +28,7 @@ Grid partition(const Gemm& g, int64_t threads) {
     const int64_t n = most / m;
     const double rows = static_cast<double>(ceil_div(g.m, m));
     const double panels = static_cast<double>(ceil_div(ceil_div(g.n, kPanel), n));
-    double cost = rows * lanes * panels;
+    double cost = (rows + kReadB) * lanes * panels;
     if (g.prepare != APrepare::none) cost += kPrepare * rows * static_cast<double>(g.k) / 16;
     if (!g.b_packed) cost += kPack * panels * static_cast<double>(g.k);
     if (least < 0 || cost < least) {

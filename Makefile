@@ -147,7 +147,6 @@ gpu:
 	cp -R pybigmodel build/gpu-package/
 	cmake --install build/gpu --prefix build/gpu-package
 	PYTHONPATH="$(CURDIR)/build/gpu-package:$$PYTHONPATH" $(PYTHON) -m pytest tests/ops/test_cuda.py $(ARGS)
-	PYTHONPATH="$(CURDIR)/build/gpu-package:$$PYTHONPATH" $(PYTHON) -m pytest benchmarks/bench_cuda.py $(ARGS)
 
 .PHONY: clean distclean
 clean:

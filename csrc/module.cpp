@@ -18,10 +18,17 @@ namespace {
 
 std::map<std::string, bool> features() {
   const pbm::CpuFeatures& f = pbm::cpu_features();
-  return {{"avx2", f.avx2},         {"fma", f.fma},           {"f16c", f.f16c},
-          {"avx512f", f.avx512f},   {"avx512bw", f.avx512bw}, {"avx512dq", f.avx512dq},
-          {"avx512vl", f.avx512vl}, {"avx512_vnni", f.avx512_vnni}, {"avx512_bf16", f.avx512_bf16},
-          {"os_saves_ymm", f.os_ymm}, {"os_saves_zmm", f.os_zmm}};
+  return {{"avx2", f.avx2},
+          {"fma", f.fma},
+          {"f16c", f.f16c},
+          {"avx512f", f.avx512f},
+          {"avx512bw", f.avx512bw},
+          {"avx512dq", f.avx512dq},
+          {"avx512vl", f.avx512vl},
+          {"avx512_vnni", f.avx512_vnni},
+          {"avx512_bf16", f.avx512_bf16},
+          {"os_saves_ymm", f.os_ymm},
+          {"os_saves_zmm", f.os_zmm}};
 }
 
 std::vector<std::string> available_isas() {
@@ -57,8 +64,11 @@ void check_seconds(double seconds) {
 }
 
 std::map<std::string, std::string> build_info() {
-  return {{"compiler", __VERSION__},   {"flags", PBM_FLAGS},   {"cuda_archs", PBM_CUDA_ARCHS},
-          {"commit", PBM_COMMIT},      {"torch_abi", PBM_TORCH_TARGET}};
+  return {{"compiler", __VERSION__},
+          {"flags", PBM_FLAGS},
+          {"cuda_archs", PBM_CUDA_ARCHS},
+          {"commit", PBM_COMMIT},
+          {"torch_abi", PBM_TORCH_TARGET}};
 }
 
 // glibc gives blocks above its mmap threshold back to the kernel when they are freed, and every use of the next such
@@ -81,15 +91,21 @@ PYBIND11_MODULE(_native, m) {
   m.def("num_threads", pbm::num_threads, "Threads of torch's pool, on which every op runs.");
   m.def("retain_memory", retain_memory, "From now on the process keeps freed memory for reuse.");
   m.def("build_info", build_info, "Compiler, flags, CUDA architectures, commit, torch ABI target.");
-  m.def("measure_peak", [](const std::string& kind, double seconds) {
-    const int k = peak_kind(kind);
-    check_seconds(seconds);
-    py::gil_scoped_release release;
-    return pbm::measure_peak(k, seconds);
-  }, py::arg("kind"), py::arg("seconds"), "Operations a second of the calling thread, from registers.");
-  m.def("measure_read_bandwidth", [](size_t bytes, double seconds) {
-    check_seconds(seconds);
-    py::gil_scoped_release release;
-    return pbm::measure_read_bandwidth(bytes, seconds);
-  }, py::arg("bytes"), py::arg("seconds"), "Bytes a second that the calling thread reads from a buffer of `bytes`.");
+  m.def(
+      "measure_peak",
+      [](const std::string& kind, double seconds) {
+        const int k = peak_kind(kind);
+        check_seconds(seconds);
+        py::gil_scoped_release release;
+        return pbm::measure_peak(k, seconds);
+      },
+      py::arg("kind"), py::arg("seconds"), "Operations a second of the calling thread, from registers.");
+  m.def(
+      "measure_read_bandwidth",
+      [](size_t bytes, double seconds) {
+        check_seconds(seconds);
+        py::gil_scoped_release release;
+        return pbm::measure_read_bandwidth(bytes, seconds);
+      },
+      py::arg("bytes"), py::arg("seconds"), "Bytes a second that the calling thread reads from a buffer of `bytes`.");
 }

@@ -43,8 +43,8 @@ inline bool is_float_dtype(ScalarType t) {
 }
 
 inline void check_float(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(is_float_dtype(t.scalar_type()), op, ": ", name,
-                  " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(is_float_dtype(t.scalar_type()), op, ": ", name, " must be float32, bfloat16 or float16, got ",
+                  dtype_name(t.scalar_type()));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType expected) {
@@ -53,12 +53,13 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  STD_TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, dim == 1 ? " dimension" : " dimensions", ", got shape ", shape_of(t));
+  STD_TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, dim == 1 ? " dimension" : " dimensions",
+                  ", got shape ", shape_of(t));
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  STD_TORCH_CHECK(t.is_cuda() == input.is_cuda() && t.get_device_index() == input.get_device_index(), op, ": ",
-                  name, " must be on the device of input");
+  STD_TORCH_CHECK(t.is_cuda() == input.is_cuda() && t.get_device_index() == input.get_device_index(), op, ": ", name,
+                  " must be on the device of input");
 }
 
 // n values, on the input's device.

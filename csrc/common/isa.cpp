@@ -23,8 +23,8 @@ CpuFeatures detect() {
   f.f16c = c & (1u << 29);
   if (osxsave) {
     const uint64_t xcr0 = xgetbv0();
-    f.os_ymm = (xcr0 & 0x6) == 0x6;                 // SSE, AVX
-    f.os_zmm = f.os_ymm && (xcr0 & 0xe0) == 0xe0;   // opmask, upper halves, zmm16-31
+    f.os_ymm = (xcr0 & 0x6) == 0x6;                // SSE, AVX
+    f.os_zmm = f.os_ymm && (xcr0 & 0xe0) == 0xe0;  // opmask, upper halves, zmm16-31
   }
   uint32_t max_subleaf = 0;
   if (__get_cpuid_count(7, 0, &max_subleaf, &b, &c, &d)) {
@@ -71,8 +71,7 @@ bool isa_from_name(const char* name, Isa* isa) {
 Isa best_isa() {
   const CpuFeatures& f = cpu_features();
   if (!(f.avx2 && f.fma && f.f16c && f.os_ymm)) return Isa::scalar;
-  if (!(f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni && f.os_zmm))
-    return Isa::avx2;
+  if (!(f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni && f.os_zmm)) return Isa::avx2;
   return f.avx512_bf16 ? Isa::avx512_bf16 : Isa::avx512;
 }
 

@@ -16,11 +16,11 @@ Tensor product(const char* op, APrepare prepare, const Tensor& input, const Tens
   const int64_t k = input.size(input.dim() - 1), n = weight_scale.size(0);
   check_int8_k(op, k);
   const int64_t panels = ceil_div(n, kPanel), groups = panel_groups(k, Flavour::u8s8) + 1;
-  STD_TORCH_CHECK(packed_weight.is_contiguous() && packed_weight.size(0) == panels &&
-                      packed_weight.size(1) == groups && packed_weight.size(2) == kGroupBytes,
+  STD_TORCH_CHECK(packed_weight.is_contiguous() && packed_weight.size(0) == panels && packed_weight.size(1) == groups &&
+                      packed_weight.size(2) == kGroupBytes,
                   op, ": packed_weight for in_features = ", k, " (the last dimension of input) and out_features = ", n,
-                  " (the size of weight_scale) must be contiguous with shape (", panels, ", ", groups, ", ", kGroupBytes,
-                  "), got ", shape_of(packed_weight));
+                  " (the size of weight_scale) must be contiguous with shape (", panels, ", ", groups, ", ",
+                  kGroupBytes, "), got ", shape_of(packed_weight));
   check_same_device(op, "packed_weight", packed_weight, input);
   check_same_device(op, "weight_scale", weight_scale, input);
   check_bias(op, bias, n, input);

@@ -9,8 +9,8 @@ namespace pbm {
 uint32_t num_threads() { return torch::stable::get_num_threads(); }
 
 double measure_peak(int kind, double seconds) {
-  static constexpr decltype(&scalar::measure_peak) tiers[kIsaCount] = {
-      scalar::measure_peak, avx2::measure_peak, avx512::measure_peak, avx512_bf16::measure_peak};
+  static constexpr decltype(&scalar::measure_peak) tiers[kIsaCount] = {scalar::measure_peak, avx2::measure_peak,
+                                                                       avx512::measure_peak, avx512_bf16::measure_peak};
   return tiers[static_cast<int>(active_isa())](kind, seconds);
 }
 

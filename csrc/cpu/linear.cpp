@@ -16,8 +16,9 @@ void check_linear(const char* op, const Tensor& input, const Tensor& weight) {
   check_dim(op, "weight", weight, 2);
   check_dtype(op, "weight", weight, input.scalar_type());
   check_same_device(op, "weight", weight, input);
-  STD_TORCH_CHECK(input.size(input.dim() - 1) == weight.size(1), op, ": input's last dimension must be in_features = ",
-                  weight.size(1), " (weight has shape ", shape_of(weight), "), got input of shape ", shape_of(input));
+  STD_TORCH_CHECK(input.size(input.dim() - 1) == weight.size(1), op,
+                  ": input's last dimension must be in_features = ", weight.size(1), " (weight has shape ",
+                  shape_of(weight), "), got input of shape ", shape_of(input));
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t precision) {
@@ -72,7 +73,8 @@ Tensor weight_gradient(const RowView& dy, const RowView& x, const Tensor& weight
 // In fp32 whatever the gradient's dtype: a bias may be fp32 beside bf16 tensors, and rounding twice helps nobody.
 Tensor bias_gradient(const RowView& dy) {
   Tensor out = empty_cpu(&dy.columns, 1, ScalarType::Float);
-  const ColumnSum s{dy.rows, dy.columns, dy.data, dtype_of(dy.tensor), dy.row_stride, out.mutable_data_ptr(), dtype_of(out)};
+  const ColumnSum s{dy.rows,      dy.columns, dy.data, dtype_of(dy.tensor), dy.row_stride, out.mutable_data_ptr(),
+                    dtype_of(out)};
   const int64_t parts = dy.rows * dy.columns > 65536 ? torch::stable::get_num_threads() : 1;
   parallel(parts, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -83,9 +85,9 @@ Tensor bias_gradient(const RowView& dy) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& weight, int64_t precision, bool need_input,
-                                                   bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   int64_t precision, bool need_input, bool need_weight,
+                                                   bool need_bias) {
   check_linear("linear_backward", input, weight);
   check_like_output("linear_backward", "grad_output", grad_output, weight.size(0), input);
   const Flavour flavour = flavour_of("linear_backward", input, precision);
@@ -141,15 +143,16 @@ Tensor linear_packed(const Tensor& input, const Tensor& packed_weight, int64_t o
   check_dim(op, "packed_weight", packed_weight, 3);
   const ScalarType packed = packed_weight.scalar_type();
   STD_TORCH_CHECK(packed == ScalarType::Float || packed == ScalarType::BFloat16, op,
-                  ": packed_weight must be float32 or bfloat16, as pack_linear_weight makes it, got ", dtype_name(packed));
+                  ": packed_weight must be float32 or bfloat16, as pack_linear_weight makes it, got ",
+                  dtype_name(packed));
   const Flavour flavour = packed == ScalarType::Float ? Flavour::f32 : Flavour::bf16;
   const int64_t k = input.size(input.dim() - 1);
-  STD_TORCH_CHECK(packed_weight.is_contiguous() && packed_weight.size(0) == ceil_div(out_features, kPanel) &&
-                      packed_weight.size(1) == panel_groups(k, flavour) &&
-                      packed_weight.size(2) == kPanel * k_per_lane(flavour),
-                  op, ": packed_weight for in_features = ", k, " (the last dimension of input) and out_features = ",
-                  out_features, " must be contiguous with shape (", ceil_div(out_features, kPanel), ", ",
-                  panel_groups(k, flavour), ", ", kPanel * k_per_lane(flavour), "), got ", shape_of(packed_weight));
+  STD_TORCH_CHECK(
+      packed_weight.is_contiguous() && packed_weight.size(0) == ceil_div(out_features, kPanel) &&
+          packed_weight.size(1) == panel_groups(k, flavour) && packed_weight.size(2) == kPanel * k_per_lane(flavour),
+      op, ": packed_weight for in_features = ", k, " (the last dimension of input) and out_features = ", out_features,
+      " must be contiguous with shape (", ceil_div(out_features, kPanel), ", ", panel_groups(k, flavour), ", ",
+      kPanel * k_per_lane(flavour), "), got ", shape_of(packed_weight));
   check_same_device(op, "packed_weight", packed_weight, input);
   check_bias(op, bias, out_features, input);
   check_residual(op, residual, out_features, input);

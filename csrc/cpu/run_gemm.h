@@ -100,8 +100,8 @@ struct EpilogueTensors {
   std::optional<Tensor> bias, residual;
 };
 
-inline EpilogueTensors set_epilogue(Gemm* g, const std::optional<Tensor>& bias,
-                                    const std::optional<Tensor>& residual, int64_t activation) {
+inline EpilogueTensors set_epilogue(Gemm* g, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                    int64_t activation) {
   EpilogueTensors kept;
   if (bias) {
     kept.bias = torch::stable::contiguous(*bias);

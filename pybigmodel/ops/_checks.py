@@ -127,6 +127,7 @@ def check_packed(
     check_same_device(op, "packed_weight", packed, input)
     check_dim(op, "packed_weight", packed, 3)
     expected = (ceil_div(n, PANEL), groups, width)
-    why = f"for in_features = {input.shape[-1]} and out_features = {n}{n_from} must have shape {expected}"
+    sizes = f"in_features = {input.shape[-1]} and out_features = {n}{n_from}"
+    why = f"for {sizes} must have shape {expected}"
     check_shape(op, "packed_weight", packed, expected, why)
     check_contiguous(op, "packed_weight", packed)

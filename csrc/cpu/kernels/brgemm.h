@@ -16,13 +16,13 @@ struct Brgemm {
   int64_t lda;              // bytes
   const int64_t* a_offset;  // bytes, per batch entry; null: one entry at 0
   const char* b;
-  int64_t b_panel;          // bytes from one panel to the next
+  int64_t b_panel;  // bytes from one panel to the next
   const int64_t* b_offset;
   int64_t batch;
-  int64_t k;                // elements (not lanes) of one batch entry
-  void* c;                  // 4-byte elements
-  int64_t ldc;              // elements
-  bool accumulate;          // C += instead of C =
+  int64_t k;        // elements (not lanes) of one batch entry
+  void* c;          // 4-byte elements
+  int64_t ldc;      // elements
+  bool accumulate;  // C += instead of C =
 };
 
 // The largest register tile of a tier: rows, and panels for that many rows.

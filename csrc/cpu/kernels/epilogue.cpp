@@ -40,8 +40,7 @@ void run(const Gemm& g, const EpilogueTile& t) {
       col_scale = load_n(g.col_scale + col, n);
     }
     Vec bias = zero();
-    if (g.bias)
-      bias = with_float_dtype(g.bias_dtype, [&]<DType B>() { return load16_n<B>(g.bias, col, n); });
+    if (g.bias) bias = with_float_dtype(g.bias_dtype, [&]<DType B>() { return load16_n<B>(g.bias, col, n); });
     for (int r = 0; r < t.rows; r++) {
       Vec y = add(dequantise<S>(t, r, j, column_sum, col_scale), bias);
       y = activate<A>(y);
@@ -55,17 +54,16 @@ void run(const Gemm& g, const EpilogueTile& t) {
 using RunFn = void (*)(const Gemm&, const EpilogueTile&);
 
 #define PBM_DTYPES(S, A) {run<S, A, DType::f32>, run<S, A, DType::bf16>, run<S, A, DType::f16>}
-#define PBM_ACTIVATIONS(S)                                                            \
-  {PBM_DTYPES(S, Activation::none), PBM_DTYPES(S, Activation::relu),                  \
-   PBM_DTYPES(S, Activation::gelu_erf), PBM_DTYPES(S, Activation::gelu_tanh),         \
-   PBM_DTYPES(S, Activation::silu)}
+#define PBM_ACTIVATIONS(S)                                                                                \
+  {PBM_DTYPES(S, Activation::none), PBM_DTYPES(S, Activation::relu), PBM_DTYPES(S, Activation::gelu_erf), \
+   PBM_DTYPES(S, Activation::gelu_tanh), PBM_DTYPES(S, Activation::silu)}
 
 }  // namespace
 
 void epilogue(const Gemm& g, const EpilogueTile& t) {
   static const RunFn table[3][kActivationCount][3] = {PBM_ACTIVATIONS(Source::fp32), PBM_ACTIVATIONS(Source::int32),
                                                       PBM_ACTIVATIONS(Source::digits)};
-  const Source source = g.flavour != Flavour::u8s8       ? Source::fp32
+  const Source source = g.flavour != Flavour::u8s8      ? Source::fp32
                         : g.prepare == APrepare::digits ? Source::digits
                                                         : Source::int32;
   table[static_cast<int>(source)][static_cast<int>(g.activation)][static_cast<int>(g.c_dtype)](g, t);

@@ -144,8 +144,7 @@ void chunk_times_panels(const Gemm& g, const Rows& a, Range m, const Panels& b, 
   }
 }
 
-const char* const kNames[3] = {"gemm_f32." PBM_TIER_NAME, "gemm_bf16." PBM_TIER_NAME,
-                               "gemm_u8s8." PBM_TIER_NAME};
+const char* const kNames[3] = {"gemm_f32." PBM_TIER_NAME, "gemm_bf16." PBM_TIER_NAME, "gemm_u8s8." PBM_TIER_NAME};
 
 }  // namespace
 

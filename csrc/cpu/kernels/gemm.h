@@ -39,11 +39,11 @@ struct Gemm {
   int64_t c_row;
 
   // Epilogue, applied in this order; null pointers are skipped.
-  const float* col_scale;    // n, with u8s8 only (there it is required)
-  const void* bias;          // n
+  const float* col_scale;  // n, with u8s8 only (there it is required)
+  const void* bias;        // n
   DType bias_dtype;
   Activation activation;
-  const void* residual;      // like C, with its dtype
+  const void* residual;  // like C, with its dtype
   int64_t residual_row;
 };
 

@@ -30,13 +30,13 @@ void convert_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t 
 struct EpilogueTile {
   const void* acc;
   int64_t ld_acc;
-  int rows;               // of C
-  int64_t row, col;       // of C, where the tile starts
-  int64_t columns;        // that exist
-  const float* row_scale;       // of the first row; u8s8 only, as are the next two
+  int rows;                // of C
+  int64_t row, col;        // of C, where the tile starts
+  int64_t columns;         // that exist
+  const float* row_scale;  // of the first row; u8s8 only, as are the next two
   const int32_t* row_zero;
-  const int32_t* column_sums;   // of the first column
-  int64_t column_sums_panel;    // int32s from one panel's sums to the next
+  const int32_t* column_sums;  // of the first column
+  int64_t column_sums_panel;   // int32s from one panel's sums to the next
 };
 void epilogue(const Gemm& g, const EpilogueTile& t);
 

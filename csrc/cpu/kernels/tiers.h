@@ -22,7 +22,7 @@ struct Kernels {
   void (*column_sum)(const ColumnSum&, int64_t begin, int64_t end);
 };
 
-const Kernels& kernels();          // of active_isa()
+const Kernels& kernels();  // of active_isa()
 const Kernels& kernels_of(Isa isa);
 
 #define PBM_DECLARE_TIER(tier) \

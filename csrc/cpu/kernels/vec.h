@@ -46,9 +46,7 @@ PBM_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.
 PBM_INLINE Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 PBM_INLINE Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 PBM_INLINE Vec vabs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-PBM_INLINE Vec round_even(Vec a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+PBM_INLINE Vec round_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 PBM_INLINE Vec scale_by_pow2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // a where x < 0, b elsewhere (NaN: b).
 PBM_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
@@ -65,9 +63,13 @@ PBM_INLINE IVec imul(IVec a, IVec b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 PBM_INLINE IVec iand(IVec a, IVec b) { return {_mm512_and_si512(a.v, b.v)}; }
 PBM_INLINE IVec ior(IVec a, IVec b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int S>
-PBM_INLINE IVec shl(IVec a) { return {_mm512_slli_epi32(a.v, S)}; }
+PBM_INLINE IVec shl(IVec a) {
+  return {_mm512_slli_epi32(a.v, S)};
+}
 template <int S>
-PBM_INLINE IVec shr(IVec a) { return {_mm512_srli_epi32(a.v, S)}; }
+PBM_INLINE IVec shr(IVec a) {
+  return {_mm512_srli_epi32(a.v, S)};
+}
 PBM_INLINE Vec as_float(IVec a) { return {_mm512_castsi512_ps(a.v)}; }
 PBM_INLINE IVec as_int(Vec a) { return {_mm512_castps_si512(a.v)}; }
 PBM_INLINE IVec widen_u16(const uint16_t* p) {
@@ -175,9 +177,13 @@ PBM_I2(iand, _mm256_and_si256)
 PBM_I2(ior, _mm256_or_si256)
 #undef PBM_I2
 template <int S>
-PBM_INLINE IVec shl(IVec a) { return {_mm256_slli_epi32(a.lo, S), _mm256_slli_epi32(a.hi, S)}; }
+PBM_INLINE IVec shl(IVec a) {
+  return {_mm256_slli_epi32(a.lo, S), _mm256_slli_epi32(a.hi, S)};
+}
 template <int S>
-PBM_INLINE IVec shr(IVec a) { return {_mm256_srli_epi32(a.lo, S), _mm256_srli_epi32(a.hi, S)}; }
+PBM_INLINE IVec shr(IVec a) {
+  return {_mm256_srli_epi32(a.lo, S), _mm256_srli_epi32(a.hi, S)};
+}
 PBM_INLINE Vec as_float(IVec a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 PBM_INLINE IVec as_int(Vec a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 // Two halves, so that results between 2^-149 and 2^-126 round once, as scalef does.
@@ -222,16 +228,15 @@ struct Vec {
 struct IVec {
   int32_t v[16];
 };
-#define PBM_MAP(R, expr)                   \
-  R r;                                     \
+#define PBM_MAP(R, expr)                      \
+  R r;                                        \
   for (int i = 0; i < 16; i++) r.v[i] = expr; \
   return r;
-PBM_INLINE Vec set1(float x) { PBM_MAP(Vec, x) }
-PBM_INLINE IVec iset1(int32_t x) { PBM_MAP(IVec, x) }
-PBM_INLINE Vec zero() { return set1(0.f); }
+PBM_INLINE Vec set1(float x){PBM_MAP(Vec, x)} PBM_INLINE IVec iset1(int32_t x){PBM_MAP(IVec, x)} PBM_INLINE Vec zero() {
+  return set1(0.f);
+}
 PBM_INLINE IVec izero() { return iset1(0); }
-PBM_INLINE Vec load_n(const float* p, int n) { PBM_MAP(Vec, i < n ? p[i] : 0.f) }
-PBM_INLINE Vec load(const float* p) {
+PBM_INLINE Vec load_n(const float* p, int n){PBM_MAP(Vec, i < n ? p[i] : 0.f)} PBM_INLINE Vec load(const float* p) {
   Vec r;
   std::memcpy(r.v, p, 64);
   return r;
@@ -249,21 +254,19 @@ PBM_INLINE IVec iload_n(const void* p, int n) {
 PBM_INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, 64); }
 PBM_INLINE void istore(void* p, IVec a) { std::memcpy(p, a.v, 64); }
 PBM_INLINE void store_n(float* p, Vec a, int n) { std::memcpy(p, a.v, n * 4); }
-PBM_INLINE Vec add(Vec a, Vec b) { PBM_MAP(Vec, a.v[i] + b.v[i]) }
-PBM_INLINE Vec sub(Vec a, Vec b) { PBM_MAP(Vec, a.v[i] - b.v[i]) }
-PBM_INLINE Vec mul(Vec a, Vec b) { PBM_MAP(Vec, a.v[i] * b.v[i]) }
-PBM_INLINE Vec div(Vec a, Vec b) { PBM_MAP(Vec, a.v[i] / b.v[i]) }
-PBM_INLINE Vec vmin(Vec a, Vec b) { PBM_MAP(Vec, a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
-PBM_INLINE Vec vmax(Vec a, Vec b) { PBM_MAP(Vec, a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
-PBM_INLINE Vec vabs(Vec a) { PBM_MAP(Vec, __builtin_fabsf(a.v[i])) }
+PBM_INLINE Vec add(Vec a, Vec b){PBM_MAP(Vec, a.v[i] + b.v[i])} PBM_INLINE Vec
+    sub(Vec a, Vec b){PBM_MAP(Vec, a.v[i] - b.v[i])} PBM_INLINE Vec
+    mul(Vec a, Vec b){PBM_MAP(Vec, a.v[i] * b.v[i])} PBM_INLINE Vec
+    div(Vec a, Vec b){PBM_MAP(Vec, a.v[i] / b.v[i])} PBM_INLINE Vec
+    vmin(Vec a, Vec b){PBM_MAP(Vec, a.v[i] < b.v[i] ? a.v[i] : b.v[i])} PBM_INLINE Vec
+    vmax(Vec a, Vec b){PBM_MAP(Vec, a.v[i] > b.v[i] ? a.v[i] : b.v[i])} PBM_INLINE Vec
+    vabs(Vec a){PBM_MAP(Vec, __builtin_fabsf(a.v[i]))}
 // Not fused: the portable tier rounds twice, and its tests allow for it.
-PBM_INLINE Vec fmadd(Vec a, Vec b, Vec c) { PBM_MAP(Vec, a.v[i] * b.v[i] + c.v[i]) }
-PBM_INLINE Vec round_even(Vec a) { PBM_MAP(Vec, __builtin_nearbyintf(a.v[i])) }
-PBM_INLINE Vec scale_by_pow2(Vec a, Vec n) {
-  PBM_MAP(Vec, __builtin_ldexpf(a.v[i], n.v[i] > -300 ? static_cast<int>(n.v[i] < 300 ? n.v[i] : 300) : -300))
-}
-PBM_INLINE Vec where_negative(Vec x, Vec a, Vec b) { PBM_MAP(Vec, x.v[i] < 0 ? a.v[i] : b.v[i]) }
-PBM_INLINE float reduce_add(Vec a) {
+PBM_INLINE Vec fmadd(Vec a, Vec b, Vec c){PBM_MAP(Vec, a.v[i] * b.v[i] + c.v[i])} PBM_INLINE Vec
+    round_even(Vec a){PBM_MAP(Vec, __builtin_nearbyintf(a.v[i]))} PBM_INLINE Vec scale_by_pow2(Vec a, Vec n){
+        PBM_MAP(Vec, __builtin_ldexpf(a.v[i], n.v[i] > -300 ? static_cast<int>(n.v[i] < 300 ? n.v[i] : 300)
+                                                            : -300))} PBM_INLINE Vec
+    where_negative(Vec x, Vec a, Vec b){PBM_MAP(Vec, x.v[i] < 0 ? a.v[i] : b.v[i])} PBM_INLINE float reduce_add(Vec a) {
   float s = 0;
   for (float x : a.v) s += x;
   return s;
@@ -283,19 +286,23 @@ PBM_INLINE int32_t round_to_int(float x) {
   const float r = __builtin_nearbyintf(x);
   return r >= -2147483648.f && r < 2147483648.f ? static_cast<int32_t>(r) : INT32_MIN;
 }
-PBM_INLINE IVec to_int(Vec a) { PBM_MAP(IVec, round_to_int(a.v[i])) }
-PBM_INLINE Vec to_float(IVec a) { PBM_MAP(Vec, static_cast<float>(a.v[i])) }
-PBM_INLINE int32_t wrap(uint32_t x) { return static_cast<int32_t>(x); }
+PBM_INLINE IVec to_int(Vec a){PBM_MAP(IVec, round_to_int(a.v[i]))} PBM_INLINE Vec
+    to_float(IVec a){PBM_MAP(Vec, static_cast<float>(a.v[i]))} PBM_INLINE int32_t wrap(uint32_t x) {
+  return static_cast<int32_t>(x);
+}
 #define PBM_U(a) static_cast<uint32_t>(a.v[i])
-PBM_INLINE IVec iadd(IVec a, IVec b) { PBM_MAP(IVec, wrap(PBM_U(a) + PBM_U(b))) }
-PBM_INLINE IVec isub(IVec a, IVec b) { PBM_MAP(IVec, wrap(PBM_U(a) - PBM_U(b))) }
-PBM_INLINE IVec imul(IVec a, IVec b) { PBM_MAP(IVec, wrap(PBM_U(a) * PBM_U(b))) }
-PBM_INLINE IVec iand(IVec a, IVec b) { PBM_MAP(IVec, a.v[i] & b.v[i]) }
-PBM_INLINE IVec ior(IVec a, IVec b) { PBM_MAP(IVec, a.v[i] | b.v[i]) }
+PBM_INLINE IVec iadd(IVec a, IVec b){PBM_MAP(IVec, wrap(PBM_U(a) + PBM_U(b)))} PBM_INLINE IVec
+    isub(IVec a, IVec b){PBM_MAP(IVec, wrap(PBM_U(a) - PBM_U(b)))} PBM_INLINE IVec
+    imul(IVec a, IVec b){PBM_MAP(IVec, wrap(PBM_U(a) * PBM_U(b)))} PBM_INLINE IVec
+    iand(IVec a, IVec b){PBM_MAP(IVec, a.v[i] & b.v[i])} PBM_INLINE IVec ior(IVec a, IVec b) {
+  PBM_MAP(IVec, a.v[i] | b.v[i])
+}
 template <int S>
-PBM_INLINE IVec shl(IVec a) { PBM_MAP(IVec, wrap(PBM_U(a) << S)) }
+PBM_INLINE IVec shl(IVec a) {
+  PBM_MAP(IVec, wrap(PBM_U(a) << S))
+}
 template <int S>
-PBM_INLINE IVec shr(IVec a) { PBM_MAP(IVec, wrap(PBM_U(a) >> S)) }
+PBM_INLINE IVec shr(IVec a){PBM_MAP(IVec, wrap(PBM_U(a) >> S))}
 #undef PBM_U
 PBM_INLINE Vec as_float(IVec a) {
   Vec r;
@@ -307,8 +314,7 @@ PBM_INLINE IVec as_int(Vec a) {
   std::memcpy(r.v, a.v, 64);
   return r;
 }
-PBM_INLINE IVec widen_u16(const uint16_t* p) { PBM_MAP(IVec, p[i]) }
-PBM_INLINE void narrow_u16(uint16_t* p, IVec a) {
+PBM_INLINE IVec widen_u16(const uint16_t* p){PBM_MAP(IVec, p[i])} PBM_INLINE void narrow_u16(uint16_t* p, IVec a) {
   for (int i = 0; i < 16; i++) p[i] = static_cast<uint16_t>(a.v[i]);
 }
 PBM_INLINE void narrow_u8(uint8_t* p, IVec a) {
@@ -347,8 +353,8 @@ PBM_INLINE uint16_t float_to_half(float f) {
   u += 0xfff + ((u >> 13) & 1);
   return sign | static_cast<uint16_t>((u - (112u << 23)) >> 13);
 }
-PBM_INLINE Vec widen_f16(const uint16_t* p) { PBM_MAP(Vec, half_to_float(p[i])) }
-PBM_INLINE void narrow_f16(uint16_t* p, Vec a) {
+PBM_INLINE Vec widen_f16(const uint16_t* p){PBM_MAP(Vec, half_to_float(p[i]))} PBM_INLINE
+    void narrow_f16(uint16_t* p, Vec a) {
   for (int i = 0; i < 16; i++) p[i] = float_to_half(a.v[i]);
 }
 #undef PBM_MAP

@@ -32,7 +32,7 @@ PBM_KERNEL void PBM_LAUNCH_BOUNDS(kPackThreads) pack_int8_linear_weight_sm80(con
   int32_t sum = 0;
   for (int64_t group = strand; group < groups; group += kPackStrands) {
     Packet<int8_t, kGroupDepth> bytes;
-    PBM_UNROLL
+  PBM_UNROLL
     for (int i = 0; i < kGroupDepth; i++) {
       const int64_t k = group * kGroupDepth + i;
       const bool inside = column < p.columns && k < p.depth;

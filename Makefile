@@ -146,7 +146,7 @@ gpu:
 	mkdir -p build/gpu-package
 	cp -R pybigmodel build/gpu-package/
 	cmake --install build/gpu --prefix build/gpu-package
-	PYTHONPATH="$(CURDIR)/build/gpu-package:$$PYTHONPATH" $(PYTHON) -m pytest tests/ops/test_cuda.py $(ARGS)
+	cd tests && PYTHONPATH="$(CURDIR)/build/gpu-package:$$PYTHONPATH" $(PYTHON) -m pytest ops/test_cuda.py $(ARGS)
 
 .PHONY: clean distclean
 clean:

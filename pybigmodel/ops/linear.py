@@ -83,7 +83,8 @@ def linear_packed(
     (float32 or bfloat16) and input may have any floating dtype beside it.
 
     Numerics: fp32 accumulation in blocks of 256 terms (512 in bf16), one rounding at the end.
-    Activations: error at most 3e-7·|x|; relative 1.5e-6 for GELU at x ≥ −3, 5e-7 for SiLU at x ≥ −88.
+    Activations: error at most 3e-7·|x|; relative 1.5e-6 for GELU at x ≥ −3, 5e-7 for SiLU at
+    x ≥ −88.
 
     Raises:
         RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients

@@ -53,13 +53,36 @@ Operands make(Rng& rng, const Shape& s) {
   return o;
 }
 
+// The same rows of u8 in the 8-byte lanes of a tier that has them: 16 bits each, in the order 0, 2, 1, 3.
+Exact widened(const Operands& o, const Shape& s, Brgemm* p, std::vector<int64_t>* offsets) {
+  const int64_t lanes = panel_groups(s.k, s.flavour), lda = lanes * 8;
+  Exact wide(s.batch * s.rows * lda);
+  std::memset(wide.data(), 0, wide.bytes());
+  constexpr int64_t kPlace[] = {0, 2, 1, 3};
+  for (int64_t i = 0; i < s.batch; i++) {
+    offsets->push_back(i * s.rows * lda);
+    for (int64_t r = 0; r < s.rows; r++)
+      for (int64_t k = 0; k < s.k; k++)
+        wide.as<uint16_t>()[(offsets->back() + r * lda) / 2 + k / 4 * 4 + kPlace[k % 4]] =
+            static_cast<uint8_t>(o.p.a[(o.p.a_offset ? o.p.a_offset[i] : 0) + r * o.p.lda + k]);
+  }
+  p->a = wide.data();
+  p->lda = lda;
+  if (p->a_offset) p->a_offset = offsets->data();
+  return wide;
+}
+
 void test_one(Rng& rng, Isa isa, const Shape& s) {
   const Operands o = make(rng, s);
   const Brgemm& p = o.p;
   const DType t = s.flavour == Flavour::u8s8 ? DType::s32 : DType::f32;
   Exact before(o.c.bytes());
   std::memcpy(before.data(), o.c.data(), o.c.bytes());
-  kernels_of(isa).brgemm(p, s.flavour, s.rows, s.panels);
+  Brgemm run = p;
+  Exact wide;
+  std::vector<int64_t> wide_offsets;
+  if (s.flavour == Flavour::u8s8 && kernels_of(isa).tile.u8_lane_bytes == 8) wide = widened(o, s, &run, &wide_offsets);
+  kernels_of(isa).brgemm(run, s.flavour, s.rows, s.panels);
   const int64_t per_lane = k_per_lane(s.flavour);
   for (int r = 0; r < s.rows; r++) {
     for (int64_t j = 0; j < s.panels * kPanel; j++) {

@@ -6,18 +6,32 @@
 namespace pbm::PBM_TIER {
 namespace {
 
-// How one lane of A, broadcast, and one group of B are multiplied into the accumulator.
+PBM_INLINE int32_t lane_at(const char* p) {
+  int32_t lane;
+  std::memcpy(&lane, p, 4);
+  return lane;
+}
+
+// How one lane of A, broadcast, and one group of B are multiplied into the accumulator: in kParts steps, since both
+// parts of an operand that must be taken apart would not leave registers for the accumulators.
 template <Flavour F>
 struct Dot;
 
 template <>
 struct Dot<Flavour::f32> {
+  static constexpr int kParts = 1;
   using Acc = Vec;
   using A = Vec;
   using B = Vec;
   PBM_INLINE Acc zero() { return PBM_TIER::zero(); }
-  PBM_INLINE A broadcast(uint32_t lane) { return as_float(iset1(static_cast<int32_t>(lane))); }
-  PBM_INLINE B load_b(const char* p) { return as_float(iload(p)); }
+  template <int>
+  PBM_INLINE A broadcast(const char* p) {
+    return as_float(iset1(lane_at(p)));
+  }
+  template <int>
+  PBM_INLINE B load_b(const char* p) {
+    return as_float(iload(p));
+  }
   PBM_INLINE Acc step(Acc c, A a, B b) { return fmadd(a, b, c); }
   PBM_INLINE void put(void* p, Acc c, bool accumulate) {
     float* f = static_cast<float*>(p);
@@ -31,24 +45,36 @@ struct Dot<Flavour::bf16> {
   PBM_INLINE Acc zero() { return PBM_TIER::zero(); }
   PBM_INLINE void put(void* p, Acc c, bool accumulate) { Dot<Flavour::f32>::put(p, c, accumulate); }
 #if PBM_TIER_LEVEL >= 3
+  static constexpr int kParts = 1;
   using A = __m512bh;
   using B = __m512bh;
-  PBM_INLINE A broadcast(uint32_t lane) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(lane)); }
-  PBM_INLINE B load_b(const char* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  template <int>
+  PBM_INLINE A broadcast(const char* p) {
+    return (__m512bh)_mm512_set1_epi32(lane_at(p));
+  }
+  template <int>
+  PBM_INLINE B load_b(const char* p) {
+    return (__m512bh)_mm512_loadu_si512(p);
+  }
   PBM_INLINE Acc step(Acc c, A a, B b) { return {_mm512_dpbf16_ps(c.v, a, b)}; }
 #else
   // A bf16 is the upper half of an fp32: even elements by a shift, odd ones by a mask.
-  struct Pair {
-    Vec even, odd;
-  };
-  using A = Pair;
-  using B = Pair;
-  PBM_INLINE Pair split(IVec x) {
-    return {as_float(shl<16>(x)), as_float(iand(x, iset1(static_cast<int32_t>(0xffff0000))))};
+  static constexpr int kParts = 2;
+  using A = Vec;
+  using B = Vec;
+  template <int Part>
+  PBM_INLINE Vec part_of(IVec x) {
+    return as_float(Part == 0 ? shl<16>(x) : iand(x, iset1(static_cast<int32_t>(0xffff0000))));
   }
-  PBM_INLINE A broadcast(uint32_t lane) { return split(iset1(static_cast<int32_t>(lane))); }
-  PBM_INLINE B load_b(const char* p) { return split(iload(p)); }
-  PBM_INLINE Acc step(Acc c, A a, B b) { return fmadd(a.odd, b.odd, fmadd(a.even, b.even, c)); }
+  template <int Part>
+  PBM_INLINE A broadcast(const char* p) {
+    return part_of<Part>(iset1(lane_at(p)));
+  }
+  template <int Part>
+  PBM_INLINE B load_b(const char* p) {
+    return part_of<Part>(iload(p));
+  }
+  PBM_INLINE Acc step(Acc c, A a, B b) { return fmadd(a, b, c); }
 #endif
 };
 
@@ -58,41 +84,49 @@ struct Dot<Flavour::u8s8> {
   PBM_INLINE Acc zero() { return izero(); }
   PBM_INLINE void put(void* p, Acc c, bool accumulate) { istore(p, accumulate ? iadd(iload(p), c) : c); }
 #if PBM_TIER_LEVEL >= 2
+  static constexpr int kParts = 1;
   using A = __m512i;
   using B = __m512i;
-  PBM_INLINE A broadcast(uint32_t lane) { return _mm512_set1_epi32(static_cast<int>(lane)); }
-  PBM_INLINE B load_b(const char* p) { return _mm512_loadu_si512(p); }
+  template <int>
+  PBM_INLINE A broadcast(const char* p) {
+    return _mm512_set1_epi32(lane_at(p));
+  }
+  template <int>
+  PBM_INLINE B load_b(const char* p) {
+    return _mm512_loadu_si512(p);
+  }
   PBM_INLINE Acc step(Acc c, A a, B b) { return {_mm512_dpbusd_epi32(c.v, a, b)}; }
 #elif PBM_TIER_LEVEL == 1
-  // vpmaddubsw would saturate (255·127·2 > 32767): widen even and odd bytes to 16 bits and use vpmaddwd, which is exact.
-  struct A {
-    __m256i even, odd;
-  };
-  struct B {
-    __m256i lo_even, lo_odd, hi_even, hi_odd;
-  };
-  PBM_INLINE A broadcast(uint32_t lane) {
-    const __m256i x = _mm256_set1_epi32(static_cast<int>(lane));
-    return {_mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff)), _mm256_srli_epi16(x, 8)};
+  // vpmaddubsw would saturate (255·127·2 > 32767); vpmaddwd on even and odd bytes as 16 bits is exact. A comes so.
+  static constexpr int kParts = 2;
+  using A = __m256i;
+  using B = IVec;
+  template <int Part>
+  PBM_INLINE A broadcast(const char* p) {
+    return _mm256_set1_epi32(lane_at(p + 4 * Part));
   }
+  template <int Part>
   PBM_INLINE B load_b(const char* p) {
     const IVec b = iload(p);
-    return {_mm256_srai_epi16(_mm256_slli_epi16(b.lo, 8), 8), _mm256_srai_epi16(b.lo, 8),
-            _mm256_srai_epi16(_mm256_slli_epi16(b.hi, 8), 8), _mm256_srai_epi16(b.hi, 8)};
+    if (Part == 1) return {_mm256_srai_epi16(b.lo, 8), _mm256_srai_epi16(b.hi, 8)};
+    return {_mm256_srai_epi16(_mm256_slli_epi16(b.lo, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(b.hi, 8), 8)};
   }
   PBM_INLINE Acc step(Acc c, A a, B b) {
-    c.lo = _mm256_add_epi32(c.lo, _mm256_madd_epi16(a.even, b.lo_even));
-    c.hi = _mm256_add_epi32(c.hi, _mm256_madd_epi16(a.even, b.hi_even));
-    c.lo = _mm256_add_epi32(c.lo, _mm256_madd_epi16(a.odd, b.lo_odd));
-    c.hi = _mm256_add_epi32(c.hi, _mm256_madd_epi16(a.odd, b.hi_odd));
+    c = {_mm256_add_epi32(c.lo, _mm256_madd_epi16(a, b.lo)), _mm256_add_epi32(c.hi, _mm256_madd_epi16(a, b.hi))};
+    asm("" : "+x"(c.lo), "+x"(c.hi));  // else gcc adds the products of both parts first and spills accumulators for it
     return c;
   }
 #else
+  static constexpr int kParts = 1;
   using A = uint32_t;
   struct B {
     int8_t v[64];
   };
-  PBM_INLINE A broadcast(uint32_t lane) { return lane; }
+  template <int>
+  PBM_INLINE A broadcast(const char* p) {
+    return static_cast<A>(lane_at(p));
+  }
+  template <int>
   PBM_INLINE B load_b(const char* p) {
     B b;
     std::memcpy(b.v, p, 64);
@@ -106,15 +140,27 @@ struct Dot<Flavour::u8s8> {
 #endif
 };
 
-PBM_INLINE uint32_t lane_of(const char* p, int64_t bytes) {
-  uint32_t lane = 0;
-  std::memcpy(&lane, p, bytes);
-  return lane;
-}
-
 // How far ahead B is fetched: 32 groups are 100 to 400 cycles, what L2 or L3 take to answer. Without it the hardware's
 // prefetchers fall behind at every page; 16 and 64 groups were slower (docs/design.md).
 constexpr int64_t kPrefetch = 32 * kGroupBytes;
+
+template <class D, int Part, int MR, int NV>
+PBM_INLINE void multiply_part(typename D::Acc (&acc)[MR][NV], const char* a, int64_t lda, const char* b,
+                              int64_t b_panel) {
+  typename D::B bv[NV];
+  PBM_UNROLL for (int j = 0; j < NV; j++) bv[j] = D::template load_b<Part>(b + j * b_panel);
+  PBM_UNROLL for (int r = 0; r < MR; r++) {
+    const typename D::A av = D::template broadcast<Part>(a + r * lda);
+    PBM_UNROLL for (int j = 0; j < NV; j++) acc[r][j] = D::step(acc[r][j], av, bv[j]);
+  }
+}
+
+// One lane of every row of A times one group of every panel of B.
+template <class D, int MR, int NV>
+PBM_INLINE void multiply(typename D::Acc (&acc)[MR][NV], const char* a, int64_t lda, const char* b, int64_t b_panel) {
+  multiply_part<D, 0, MR, NV>(acc, a, lda, b, b_panel);
+  if constexpr (D::kParts == 2) multiply_part<D, 1, MR, NV>(acc, a, lda, b, b_panel);
+}
 
 template <Flavour F, int MR, int NV>
 void tile(const Brgemm& p) {
@@ -123,30 +169,24 @@ void tile(const Brgemm& p) {
   PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = D::zero();
 
   constexpr int64_t kPerLane = k_per_lane(F);
-  const int64_t lanes = p.k / kPerLane, tail_bytes = p.k % kPerLane * (4 / kPerLane);
+  constexpr int64_t kLaneBytes = lane_bytes(F);
+  constexpr bool filled_up = kLaneBytes > 4;  // the last lane too
+  const int64_t lanes = filled_up ? ceil_div(p.k, kPerLane) : p.k / kPerLane;
+  const int64_t tail_bytes = filled_up ? 0 : p.k % kPerLane * (4 / kPerLane);
   const int64_t lda = p.lda, b_panel = p.b_panel;
   for (int64_t i = 0; i < p.batch; i++) {
     const char* a = p.a + (p.a_offset ? p.a_offset[i] : 0);
     const char* b = p.b + (p.b_offset ? p.b_offset[i] : 0);
     for (int64_t l = 0; l < lanes; l++) {
-      typename D::B bv[NV];
-      PBM_UNROLL for (int j = 0; j < NV; j++) {
-        bv[j] = D::load_b(b + j * b_panel);
-        __builtin_prefetch(b + j * b_panel + kPrefetch, 0, 3);
-      }
-      PBM_UNROLL for (int r = 0; r < MR; r++) {
-        const typename D::A av = D::broadcast(lane_of(a + r * lda, 4));
-        PBM_UNROLL for (int j = 0; j < NV; j++) acc[r][j] = D::step(acc[r][j], av, bv[j]);
-      }
-      a += 4;
+      PBM_UNROLL for (int j = 0; j < NV; j++) __builtin_prefetch(b + j * b_panel + kPrefetch, 0, 3);
+      multiply<D, MR, NV>(acc, a, lda, b, b_panel);
+      a += kLaneBytes;
       b += kGroupBytes;
     }
     if (tail_bytes) {  // the rest of a lane, read without touching what lies behind A
-      PBM_UNROLL for (int j = 0; j < NV; j++) {
-        const typename D::B bv = D::load_b(b + j * b_panel);
-        PBM_UNROLL for (int r = 0; r < MR; r++)
-          acc[r][j] = D::step(acc[r][j], D::broadcast(lane_of(a + r * lda, tail_bytes)), bv);
-      }
+      char last[MR][kLaneBytes] = {};
+      for (int r = 0; r < MR; r++) std::memcpy(last[r], a + r * lda, tail_bytes);
+      multiply<D, MR, NV>(acc, last[0], kLaneBytes, b, b_panel);
     }
   }
   PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++)

@@ -36,7 +36,7 @@ Rows prepare(const Gemm& g, int64_t begin, int64_t end) {
   }
   const int64_t count = end - begin;
   // An odd number of cache lines: rows a power of two apart would share a few sets of the L1 cache.
-  const int64_t stride = (ceil_div(panel_groups(g.k, g.flavour) * 4, 64) | 1) * 64;
+  const int64_t stride = (ceil_div(panel_groups(g.k, g.flavour) * lane_bytes(g.flavour), 64) | 1) * 64;
   char* rows = static_cast<char*>(
       scratch(ScratchSlot::a_rows, count * (rows_per_row(g) * stride + sizeof(float) + sizeof(int32_t))));
   if (g.prepare == APrepare::convert) {
@@ -53,12 +53,15 @@ Rows prepare(const Gemm& g, int64_t begin, int64_t end) {
   q.x = static_cast<const char*>(g.a) + begin * g.a_row * size_of(g.a_dtype);
   q.dtype = g.a_dtype;
   q.row = g.a_row;
-  q.q = rows;
+  // Where lanes are wider than their four bytes, these come into the second half of a row and are spread from there.
+  q.q = rows + (kTile.u8_lane_bytes > 4 ? stride / 2 : 0);
   q.q_row = stride;
   q.q_padded = panel_groups(g.k, g.flavour) * 4;
   q.scale = scale;
   q.zero_point = zero_point;
   quantize_rows(q, 0, count);
+  if (kTile.u8_lane_bytes > 4)
+    for (int64_t r = 0; r < count * rows_per_row(g); r++) widen_lanes(rows + r * stride, stride / 2);
   return {rows, stride, scale, zero_point};
 }
 
@@ -113,7 +116,7 @@ void chunk_times_panels(const Gemm& g, const Rows& a, Range m, const Panels& b, 
       char* c = acc + (in_parts ? r * width * 4 : 0);
       for (int64_t k = k0; k == k0 || k < min64(k0 + part, g.k); k += step) {
         Brgemm p;
-        p.a = a.data + r * a.stride + k / per_lane * 4;
+        p.a = a.data + r * a.stride + k / per_lane * lane_bytes(g.flavour);
         p.lda = a.stride;
         p.a_offset = p.b_offset = nullptr;
         p.b = b.data + k / per_lane * kGroupBytes;
@@ -152,7 +155,8 @@ void gemm(const Gemm& g, Range m, Range n) {
   note_kernel(kNames[static_cast<int>(g.flavour)]);
   int64_t chunk = kChunkRows;
   if (!g.b_packed) {
-    const int64_t row_bytes = g.prepare == APrepare::none ? 1 : panel_groups(g.k, g.flavour) * 4 * rows_per_row(g);
+    const int64_t row_bytes =
+        g.prepare == APrepare::none ? 1 : panel_groups(g.k, g.flavour) * lane_bytes(g.flavour) * rows_per_row(g);
     const int64_t fits = kChunkBytesUnpacked / (row_bytes < 1 ? 1 : row_bytes);
     chunk = fits > chunk ? fits : chunk;
   }

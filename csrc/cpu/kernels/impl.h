@@ -11,17 +11,22 @@ namespace pbm::PBM_TIER {
 
 #if PBM_TIER_LEVEL >= 2
 // 24 accumulators. 8×3 is the most even in its loads (docs/design.md); few rows take 4 panels to have enough in flight.
-constexpr TileShape kTile = {8, 3, 6, 4};
+constexpr TileShape kTile = {8, 3, 6, 4, 4};
 #else
-// 12 ymm accumulators, two for the panel of B, the broadcast.
-constexpr TileShape kTile = {6, 1, 3, 2};
+// 12 ymm accumulators, two for the panel of B, the broadcast. Without VNNI u8 is widened for vpmaddwd: for A in memory,
+// once, since in registers it would be 12 of a step's 66 instructions.
+constexpr TileShape kTile = {6, 1, 3, 2, PBM_TIER_LEVEL == 1 ? 8 : 4};
 #endif
+constexpr int64_t lane_bytes(Flavour f) { return f == Flavour::u8s8 ? kTile.u8_lane_bytes : 4; }
 
 void brgemm(const Brgemm& p, Flavour flavour, int rows, int panels);
 void gemm(const Gemm& g, Range m, Range n);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);
 void column_sum(const ColumnSum& s, int64_t begin, int64_t end);
+
+// A row of `bytes` u8 (a multiple of 32) at row + bytes to lanes of 8 bytes from row on.
+void widen_lanes(char* row, int64_t bytes);
 
 // Rows [begin, end) of A in the flavour's dtype, lanes zero-padded, row i at out + (i - begin)·row_bytes.
 void convert_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row_bytes);

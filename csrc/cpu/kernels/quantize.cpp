@@ -126,6 +126,21 @@ void quantize_row(const QuantizeRows& q, int64_t i) {
 
 }  // namespace
 
+void widen_lanes(char* row, int64_t bytes) {
+#if PBM_TIER_LEVEL == 1
+  for (int64_t p = 0; p < bytes; p += 16) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + bytes + p));
+    const __m128i even = _mm_and_si128(x, _mm_set1_epi16(0xff)), odd = _mm_srli_epi16(x, 8);
+    __m128i* out = reinterpret_cast<__m128i*>(row + 2 * p);
+    _mm_storeu_si128(out, _mm_unpacklo_epi32(even, odd));
+    _mm_storeu_si128(out + 1, _mm_unpackhi_epi32(even, odd));
+  }
+#else
+  static_assert(kTile.u8_lane_bytes == 4, "only AVX2 widens");
+  (void)row, (void)bytes;
+#endif
+}
+
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end) {
   with_float_dtype(q.dtype, [&]<DType T>() {
     for (int64_t i = begin; i < end; i++) quantize_row<T>(q, i);

@@ -46,10 +46,10 @@ Operands make(Rng& rng, const Shape& s) {
   o.c = random_elements(rng, DType::f32, (s.rows - 1) * ldc + s.panels * kPanel);
   if (s.flavour == Flavour::u8s8)
     for (int64_t i = 0; i < o.c.bytes() / 4; i++) o.c.as<int32_t>()[i] = static_cast<int32_t>(rng.between(-1000, 1000));
-  o.p = {o.a.data(), lda,         s.offsets ? o.a_offset.data() : nullptr,
-         o.b.data(), b_panel,     s.offsets ? o.b_offset.data() : nullptr,
-         s.batch,    s.k,         o.c.data(),
-         ldc,        s.accumulate};
+  o.p = {o.a.data(), lda,          s.offsets ? o.a_offset.data() : nullptr,
+         o.b.data(), b_panel,      s.offsets ? o.b_offset.data() : nullptr,
+         s.batch,    s.k,          o.c.data(),
+         ldc,        s.accumulate, o.b.data()};
   return o;
 }
 

@@ -177,15 +177,22 @@ void tile(const Brgemm& p) {
   for (int64_t i = 0; i < p.batch; i++) {
     const char* a = p.a + (p.a_offset ? p.a_offset[i] : 0);
     const char* b = p.b + (p.b_offset ? p.b_offset[i] : 0);
+    const char* soon = p.soon;
     for (int64_t l = 0; l < lanes; l++) {
       PBM_UNROLL for (int j = 0; j < NV; j++) __builtin_prefetch(b + j * b_panel + kPrefetch, 0, 3);
+      if constexpr (MR >= 4) __builtin_prefetch(soon, 0, 2);  // with few rows, reading B is all there is to do
       multiply<D, MR, NV>(acc, a, lda, b, b_panel);
       a += kLaneBytes;
       b += kGroupBytes;
+      soon += kGroupBytes;
     }
     if (tail_bytes) {  // the rest of a lane, read without touching what lies behind A
-      char last[MR][kLaneBytes] = {};
-      for (int r = 0; r < MR; r++) std::memcpy(last[r], a + r * lda, tail_bytes);
+      alignas(4) char last[MR][kLaneBytes] = {};
+      for (int r = 0; r < MR; r++) {
+        uint32_t lane = 0;  // stored whole: a load of four bytes cannot be served from a store of two
+        std::memcpy(&lane, a + r * lda, F == Flavour::bf16 ? 2 : tail_bytes);
+        std::memcpy(last[r], &lane, 4);
+      }
       multiply<D, MR, NV>(acc, last[0], kLaneBytes, b, b_panel);
     }
   }

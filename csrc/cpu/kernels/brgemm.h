@@ -24,6 +24,7 @@ struct Brgemm {
   void* c;          // 4-byte elements
   int64_t ldc;      // elements
   bool accumulate;  // C += instead of C =
+  const char* soon;  // what the caller reads next: 64 bytes a lane from here on are fetched into L2; b if nothing is
 };
 
 // The register tile of a tier: the most rows, the panels for that many rows, the form of A's lanes.

@@ -12,14 +12,19 @@ namespace {
 constexpr int64_t sum_lanes(Flavour f) { return f == Flavour::bf16 && PBM_TIER_LEVEL < 3 ? 128 : 256; }
 // Rows of A prepared at a time; their lanes stay in the cache while all of B passes by.
 constexpr int64_t kChunkRows = 384;
-// Where every chunk would pack B again, chunks are as large as this scratch.
-constexpr int64_t kChunkBytesUnpacked = int64_t{32} << 20;
-// What of B is kept in L2 while the rows of a chunk pass by: longer panels are cut along k.
-constexpr int64_t kPanelLanes = 4096;
+// Where every chunk packs B again, at the cost of 8 rows.
+constexpr int64_t kChunkRowsUnpacked = 1024;
+// Longer panels are cut along k: a group of them and the rows of A that pass by would not both stay in L2.
+constexpr int64_t kPanelLanes = 3072;
+// Accumulators that are kept between parts of k.
+constexpr int64_t kAccumulatorBytes = int64_t{2} << 20;
 
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// The rows of one chunk as brgemm reads them.
+int64_t rows_per_row(const Gemm& g) { return g.prepare == APrepare::digits ? 3 : 1; }
+
+// The rows of one chunk as brgemm reads them, from some k on.
 struct Rows {
   const char* data;
   int64_t stride;  // bytes
@@ -27,22 +32,13 @@ struct Rows {
   const int32_t* zero_point;
 };
 
-int64_t rows_per_row(const Gemm& g) { return g.prepare == APrepare::digits ? 3 : 1; }
+// An odd number of cache lines: rows a power of two apart would share a few sets of the L1 cache.
+int64_t scratch_stride(int64_t k, Flavour f) { return (ceil_div(panel_groups(k, f) * lane_bytes(f), 64) | 1) * 64; }
 
-Rows prepare(const Gemm& g, int64_t begin, int64_t end) {
-  if (g.prepare == APrepare::none) {
-    const int64_t size = size_of(g.a_dtype);
-    return {static_cast<const char*>(g.a) + begin * g.a_row * size, g.a_row * size, nullptr, nullptr};
-  }
-  const int64_t count = end - begin;
-  // An odd number of cache lines: rows a power of two apart would share a few sets of the L1 cache.
-  const int64_t stride = (ceil_div(panel_groups(g.k, g.flavour) * lane_bytes(g.flavour), 64) | 1) * 64;
+Rows quantise(const Gemm& g, Range m) {
+  const int64_t count = m.end - m.begin, stride = scratch_stride(g.k, g.flavour);
   char* rows = static_cast<char*>(
       scratch(ScratchSlot::a_rows, count * (rows_per_row(g) * stride + sizeof(float) + sizeof(int32_t))));
-  if (g.prepare == APrepare::convert) {
-    convert_rows(g, begin, end, rows, stride);
-    return {rows, stride, nullptr, nullptr};
-  }
   float* scale = reinterpret_cast<float*>(rows + count * rows_per_row(g) * stride);
   int32_t* zero_point = reinterpret_cast<int32_t*>(scale + count);
   QuantizeRows q;
@@ -50,7 +46,7 @@ Rows prepare(const Gemm& g, int64_t begin, int64_t end) {
   q.kind = g.prepare == APrepare::digits      ? QuantKind::digits
            : g.prepare == APrepare::symmetric ? QuantKind::symmetric_u8
                                               : QuantKind::asymmetric;
-  q.x = static_cast<const char*>(g.a) + begin * g.a_row * size_of(g.a_dtype);
+  q.x = static_cast<const char*>(g.a) + m.begin * g.a_row * size_of(g.a_dtype);
   q.dtype = g.a_dtype;
   q.row = g.a_row;
   // Where lanes are wider than their four bytes, these come into the second half of a row and are spread from there.
@@ -65,20 +61,34 @@ Rows prepare(const Gemm& g, int64_t begin, int64_t end) {
   return {rows, stride, scale, zero_point};
 }
 
-// Panels [first, first + count) of B, packed here if they are not yet.
+// Rows that are not quantised, one part of k at a time: where k is the batch, all of it would not fit in memory.
+Rows rows_of(const Gemm& g, Range m, Range k) {
+  const int64_t size = size_of(g.a_dtype);
+  const char* a = static_cast<const char*>(g.a) + k.begin * g.a_col * size;
+  if (g.prepare == APrepare::none) return {a + m.begin * g.a_row * size, g.a_row * size, nullptr, nullptr};
+  Gemm part = g;
+  part.a = a;
+  part.k = k.end - k.begin;
+  const int64_t stride = scratch_stride(part.k, g.flavour);
+  char* rows = static_cast<char*>(scratch(ScratchSlot::a_rows, (m.end - m.begin) * stride));
+  convert_rows(part, m.begin, m.end, rows, stride);
+  return {rows, stride, nullptr, nullptr};
+}
+
+// Panels [first, first + count) of B from k.begin on, packed here if they are not yet.
 struct Panels {
   const char* data;
   int64_t stride;  // bytes from one panel to the next
 };
 
-Panels panels_of(const Gemm& g, int64_t first, int64_t count) {
-  const int64_t groups = panel_groups(g.k, g.flavour);
+Panels panels_of(const Gemm& g, int64_t first, int64_t count, Range k) {
   if (g.b_packed) {
-    const int64_t stride = (groups + (g.flavour == Flavour::u8s8)) * kGroupBytes;
-    return {static_cast<const char*>(g.b) + first * stride, stride};
+    const int64_t stride = (panel_groups(g.k, g.flavour) + (g.flavour == Flavour::u8s8)) * kGroupBytes;
+    return {static_cast<const char*>(g.b) + first * stride + k.begin / k_per_lane(g.flavour) * kGroupBytes, stride};
   }
-  const int64_t stride = groups * kGroupBytes;
-  PackB p{g.n, g.k, g.flavour, g.b, g.b_dtype, g.b_row, g.b_col, false, nullptr};
+  const int64_t stride = panel_groups(k.end - k.begin, g.flavour) * kGroupBytes;
+  const char* b = static_cast<const char*>(g.b) + k.begin * g.b_row * size_of(g.b_dtype);
+  PackB p{g.n, k.end - k.begin, g.flavour, b, g.b_dtype, g.b_row, g.b_col, false, nullptr};
   char* out = static_cast<char*>(scratch(ScratchSlot::b_panels, count * stride));
   p.out = out - first * stride;
   pack_b(p, first, first + count);
@@ -97,53 +107,63 @@ TileCut cut_tiles(int64_t rows, int64_t unit) {
   return {static_cast<int>(height), height <= kTile.wide_rows ? kTile.wide_panels : kTile.panels};
 }
 
-// All rows of a chunk times one group of panels.
-void chunk_times_panels(const Gemm& g, const Rows& a, Range m, const Panels& b, int64_t first, int64_t count,
-                        int tile_rows) {
-  const int64_t unit = rows_per_row(g), rows = (m.end - m.begin) * unit;
-  const int64_t per_lane = k_per_lane(g.flavour), width = count * kPanel;
-  const bool in_parts = panel_groups(g.k, g.flavour) > kPanelLanes;
-  const int64_t part = in_parts ? kPanelLanes * per_lane : g.k > 0 ? g.k : 1;  // k = 0: one empty step
-  const int64_t step = g.flavour == Flavour::u8s8 ? part : min64(part, sum_lanes(g.flavour) * per_lane);
-  alignas(64) char tile[24 * 64];
-  char* acc = in_parts ? static_cast<char*>(scratch(ScratchSlot::accumulators, rows * width * 4)) : tile;
+// The rows of a chunk times one group of panels, along a part of k.
+struct Block {
+  Rows a;
+  Range m, k;
+  Panels b;
+  int64_t first, count;  // panels
+  bool more;             // whether the next group of panels follows in memory and is needed next
+  int tile_rows;
+  char* acc;  // accumulators that outlive the part, tile after tile; null: the part is all of k
+};
 
-  for (int64_t k0 = 0; k0 == 0 || k0 < g.k; k0 += part) {
-    for (int64_t r = 0; r < rows;) {
-      // Taller tiles first, so that the heights differ by one unit at most.
-      const int64_t left = ceil_div(rows - r, tile_rows);
-      const int height = static_cast<int>(ceil_div((rows - r) / unit, left) * unit);
-      char* c = acc + (in_parts ? r * width * 4 : 0);
-      for (int64_t k = k0; k == k0 || k < min64(k0 + part, g.k); k += step) {
-        Brgemm p;
-        p.a = a.data + r * a.stride + k / per_lane * lane_bytes(g.flavour);
-        p.lda = a.stride;
-        p.a_offset = p.b_offset = nullptr;
-        p.b = b.data + k / per_lane * kGroupBytes;
-        p.b_panel = b.stride;
-        p.batch = 1;
-        p.k = min64(step, min64(k0 + part, g.k) - k);
-        p.c = c;
-        p.ldc = width;
-        p.accumulate = k > 0;
-        brgemm(p, g.flavour, height, static_cast<int>(count));
-      }
-      if (k0 + part >= g.k) {
-        EpilogueTile t;
-        t.acc = c;
-        t.ld_acc = width;
-        t.rows = static_cast<int>(height / unit);
-        t.row = m.begin + r / unit;
-        t.col = first * kPanel;
-        t.columns = min64(width, g.n - t.col);
-        t.row_scale = a.scale ? a.scale + r / unit : nullptr;
-        t.row_zero = a.zero_point ? a.zero_point + r / unit : nullptr;
-        t.column_sums = reinterpret_cast<const int32_t*>(b.data + b.stride - kGroupBytes);
-        t.column_sums_panel = b.stride / 4;
-        epilogue(g, t);
-      }
-      r += height;
+void multiply(const Gemm& g, const Block& x) {
+  const int64_t unit = rows_per_row(g), rows = (x.m.end - x.m.begin) * unit;
+  const int64_t per_lane = k_per_lane(g.flavour), width = x.count * kPanel;
+  // Prepared rows are padded to whole lanes with zeros, as panels are: no tail.
+  const int64_t k_end = g.prepare == APrepare::none ? x.k.end : ceil_div(x.k.end, per_lane) * per_lane;
+  const int64_t step = g.flavour == Flavour::u8s8 ? k_end - x.k.begin : sum_lanes(g.flavour) * per_lane;
+  alignas(64) char tile[24 * 64];
+
+  for (int64_t r = 0, t = 0; r < rows; t++) {
+    // Taller tiles first, so that the heights differ by one unit at most.
+    const int64_t left = ceil_div(rows - r, x.tile_rows);
+    const int height = static_cast<int>(ceil_div((rows - r) / unit, left) * unit);
+    char* c = x.acc ? x.acc + r * width * 4 : tile;
+    int64_t k = x.k.begin;
+    do {  // once for k = 0 too
+      Brgemm p;
+      p.a = x.a.data + r * x.a.stride + (k - x.k.begin) / per_lane * lane_bytes(g.flavour);
+      p.lda = x.a.stride;
+      p.a_offset = p.b_offset = nullptr;
+      p.b = x.b.data + (k - x.k.begin) / per_lane * kGroupBytes;
+      p.b_panel = x.b.stride;
+      p.batch = 1;
+      p.k = min64(step, k_end - k);
+      p.c = c;
+      p.ldc = width;
+      p.accumulate = k > 0;
+      p.soon = p.b + (x.more && t < x.count ? (x.count + t) * x.b.stride : 0);  // the t-th tile fetches a t-th panel
+      brgemm(p, g.flavour, height, static_cast<int>(x.count));
+      k += step;
+    } while (k < k_end);
+    if (x.k.end == g.k) {
+      EpilogueTile e;
+      e.acc = c;
+      e.ld_acc = width;
+      e.rows = static_cast<int>(height / unit);
+      e.row = x.m.begin + r / unit;
+      e.col = x.first * kPanel;
+      e.columns = min64(width, g.n - e.col);
+      e.row_scale = x.a.scale ? x.a.scale + r / unit : nullptr;
+      e.row_zero = x.a.zero_point ? x.a.zero_point + r / unit : nullptr;
+      e.column_sums =
+          reinterpret_cast<const int32_t*>(x.b.data + panel_groups(g.k - x.k.begin, g.flavour) * kGroupBytes);
+      e.column_sums_panel = x.b.stride / 4;
+      epilogue(g, e);
     }
+    r += height;
   }
 }
 
@@ -153,21 +173,46 @@ const char* const kNames[3] = {"gemm_f32." PBM_TIER_NAME, "gemm_bf16." PBM_TIER_
 
 void gemm(const Gemm& g, Range m, Range n) {
   note_kernel(kNames[static_cast<int>(g.flavour)]);
-  int64_t chunk = kChunkRows;
-  if (!g.b_packed) {
-    const int64_t row_bytes =
-        g.prepare == APrepare::none ? 1 : panel_groups(g.k, g.flavour) * lane_bytes(g.flavour) * rows_per_row(g);
-    const int64_t fits = kChunkBytesUnpacked / (row_bytes < 1 ? 1 : row_bytes);
-    chunk = fits > chunk ? fits : chunk;
-  }
-  const int64_t last_panel = ceil_div(n.end, kPanel);
+  const int64_t unit = rows_per_row(g), per_lane = k_per_lane(g.flavour), lanes = panel_groups(g.k, g.flavour);
+  const int64_t last_panel = ceil_div(n.end, kPanel), chunk = g.b_packed ? kChunkRows : kChunkRowsUnpacked;
+  // Equal parts of k, in whole blocks of sums.
+  const int64_t parts = max64(ceil_div(lanes, kPanelLanes), 1);
+  const int64_t part = max64(ceil_div(ceil_div(lanes, parts), 256) * 256 * per_lane, 1);
+
   for (int64_t i = m.begin; i < m.end; i += chunk) {
-    const Range rows = {i, min64(i + chunk, m.end)};
-    const Rows a = prepare(g, rows.begin, rows.end);
-    const TileCut cut = cut_tiles((rows.end - rows.begin) * rows_per_row(g), rows_per_row(g));
-    for (int64_t j = n.begin / kPanel; j < last_panel; j += cut.panels) {
-      const int64_t count = min64(cut.panels, last_panel - j);
-      chunk_times_panels(g, a, rows, panels_of(g, j, count), j, count, cut.rows);
+    Block x;
+    x.m = {i, min64(i + chunk, m.end)};
+    const int64_t rows = (x.m.end - x.m.begin) * unit;
+    const TileCut cut = cut_tiles(rows, unit);
+    x.tile_rows = cut.rows;
+    const bool quantised = g.flavour == Flavour::u8s8;
+    const Rows whole = quantised ? quantise(g, x.m) : Rows{};
+    // Where k is cut, one part of A meets as many panels as there is room for accumulators before the next part comes.
+    const int64_t group_bytes = rows * cut.panels * kPanel * 4;
+    int64_t step = last_panel;
+    char* acc = nullptr;
+    if (parts > 1) {
+      const int64_t groups = max64(kAccumulatorBytes / group_bytes, 1);
+      step = groups * cut.panels;
+      acc = static_cast<char*>(scratch(ScratchSlot::accumulators, groups * group_bytes));
+    }
+    for (int64_t j0 = n.begin / kPanel; j0 < last_panel; j0 += step) {
+      const int64_t j1 = min64(j0 + step, last_panel);
+      int64_t k = 0;
+      do {  // once for k = 0 too
+        x.k = {k, min64(k + part, g.k)};
+        x.a = quantised ? whole : rows_of(g, x.m, x.k);
+        if (quantised) x.a.data += k / per_lane * lane_bytes(g.flavour);
+        for (int64_t j = j0; j < j1; j += cut.panels) {
+          x.first = j;
+          x.count = min64(cut.panels, j1 - j);
+          x.b = panels_of(g, j, x.count, x.k);
+          x.more = g.b_packed && j + 2 * x.count <= last_panel;
+          x.acc = acc ? acc + (j - j0) / cut.panels * group_bytes : nullptr;
+          multiply(g, x);
+        }
+        k += part;
+      } while (k < g.k);
     }
   }
 }

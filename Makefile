@@ -48,10 +48,11 @@ help:
 demo: $(STAMPS)/installed
 	$(RUN) $(BIN)/pybigmodel demo $(ARGS)
 
-test: test-cpp test-python
+test: build/tests-cpp/.built test-python
 
-test-cpp: build/tests-cpp/.built
-	for program in build/tests-cpp/tests/cpp/*_tests; do $$program || exit 1; done
+# Part of test-python too; without tests/conftest.py, which needs the wheel.
+test-cpp: build/tests-cpp/.built $(STAMPS)/group-test
+	cd tests && $(RUN) $(BIN)/pytest --noconftest test_cpp.py $(ARGS)
 
 # From tests/, since `python -c` in a subprocess of a test puts the current directory on its path.
 test-python: $(STAMPS)/installed $(STAMPS)/group-test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "tests-cpp"  # the one of `make test-cpp`, which leaves little to do here
+BUILD = ROOT / "build" / "tests-cpp"  # the Makefile's, which leaves nothing to build here
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
@@ -40,21 +41,16 @@ def programs() -> Path:
     return BUILD / "tests" / "cpp"
 
 
-def test_kernels(programs: Path) -> None:
-    """Every group, on every tier of this CPU; another seed than the program's own."""
-    out = run(programs / "kernel_tests", "--iterations", "60", "--seed", "2", timeout=600)
-    for group in ("partition", "convert", "vecmath", "quantize", "pack", "brgemm", "gemm"):
-        assert f"{group:10} ok" in out
-
-
-def test_cuda_layout(programs: Path) -> None:
-    """The CUDA kernels' own source on a simulator."""
-    assert "ok" in run(programs / "cuda_layout_tests", timeout=600)
+def test_programs(programs: Path) -> None:
+    """Every test_*.cpp, on every tier of this CPU; the CUDA kernels' own source on a simulator."""
+    out = "".join(run(program, timeout=600) for program in sorted(programs.glob("*_tests")))
+    for source in (ROOT / "tests" / "cpp").glob("test_*.cpp"):
+        assert re.search(rf"^{source.stem.removeprefix('test_')} +ok", out, re.MULTILINE), source
 
 
 def test_sanitizers_are_in(programs: Path) -> None:
-    for program in ("kernel_tests", "cuda_layout_tests"):
-        symbols = run("nm", programs / program, timeout=60)
+    for program in programs.glob("*_tests"):
+        symbols = run("nm", program, timeout=60)
         assert "__asan_init" in symbols and "__ubsan_handle" in symbols
 
 

@@ -10,6 +10,8 @@
 #include <sstream>
 #include <string>
 
+#include "common/types.h"
+
 namespace pbm {
 
 using torch::headeronly::ScalarType;
@@ -91,13 +93,27 @@ inline void check_residual(const char* op, const std::optional<Tensor>& residual
 }
 
 inline void check_activation(const char* op, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation < 5, op,
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivationCount, op,
                   ": activation must be 0 (none), 1 (relu), 2 (gelu), 3 (gelu_tanh) or 4 (silu), got ", activation);
 }
 
-// int32 sums of k products of u8 and s8 are exact while 255·128·k < 2³¹.
 inline void check_int8_k(const char* op, int64_t k) {
-  STD_TORCH_CHECK(k <= 65793, op, ": in_features must be at most 65793, so that int32 sums cannot overflow; got ", k);
+  STD_TORCH_CHECK(k <= kMaxInt8K, op, ": in_features must be at most ", kMaxInt8K,
+                  ", so that int32 sums cannot overflow; got ", k);
+}
+
+// As pack_int8_linear_weight makes it, for n columns and k rows of B.
+inline void check_packed_int8_weight(const char* op, const Tensor& packed_weight, int64_t n, int64_t k,
+                                     const Tensor& input) {
+  check_dim(op, "packed_weight", packed_weight, 3);
+  check_dtype(op, "packed_weight", packed_weight, ScalarType::Char);
+  const int64_t panels = ceil_div(n, kPanel), groups = panel_groups(k, Flavour::u8s8) + 1;
+  STD_TORCH_CHECK(packed_weight.is_contiguous() && packed_weight.size(0) == panels && packed_weight.size(1) == groups &&
+                      packed_weight.size(2) == kGroupBytes,
+                  op, ": packed_weight for in_features = ", k, " (the last dimension of input) and out_features = ", n,
+                  " (the size of weight_scale) must be contiguous with shape (", panels, ", ", groups, ", ",
+                  kGroupBytes, "), got ", shape_of(packed_weight));
+  check_same_device(op, "packed_weight", packed_weight, input);
 }
 
 }  // namespace pbm

@@ -9,33 +9,25 @@ Tensor product(const char* op, APrepare prepare, const Tensor& input, const Tens
                int64_t activation) {
   check_float(op, "input", input);
   STD_TORCH_CHECK(input.dim() >= 1, op, ": input must have at least 1 dimension, got a scalar");
-  check_dim(op, "packed_weight", packed_weight, 3);
-  check_dtype(op, "packed_weight", packed_weight, ScalarType::Char);
   check_dtype(op, "weight_scale", weight_scale, ScalarType::Float);
   check_dim(op, "weight_scale", weight_scale, 1);
   const int64_t k = input.size(input.dim() - 1), n = weight_scale.size(0);
   check_int8_k(op, k);
-  const int64_t panels = ceil_div(n, kPanel), groups = panel_groups(k, Flavour::u8s8) + 1;
-  STD_TORCH_CHECK(packed_weight.is_contiguous() && packed_weight.size(0) == panels && packed_weight.size(1) == groups &&
-                      packed_weight.size(2) == kGroupBytes,
-                  op, ": packed_weight for in_features = ", k, " (the last dimension of input) and out_features = ", n,
-                  " (the size of weight_scale) must be contiguous with shape (", panels, ", ", groups, ", ",
-                  kGroupBytes, "), got ", shape_of(packed_weight));
-  check_same_device(op, "packed_weight", packed_weight, input);
+  check_packed_int8_weight(op, packed_weight, n, k, input);
   check_same_device(op, "weight_scale", weight_scale, input);
   check_bias(op, bias, n, input);
   check_residual(op, residual, n, input);
   check_activation(op, activation);
 
-  const RowView x = row_view(input);
-  const Tensor scale = torch::stable::contiguous(weight_scale);
+  const RowView x = row_view("input", input);
+  const Tensor scale = as_contiguous(weight_scale);
   Tensor out = output_like(input, n);
   Gemm g = gemm_over(x, out, n);
   g.flavour = Flavour::u8s8;
   g.prepare = prepare;
-  g.b = packed_weight.const_data_ptr();
+  g.b = data_of("packed_weight", packed_weight);
   g.b_packed = true;
-  g.col_scale = static_cast<const float*>(scale.const_data_ptr());
+  g.col_scale = static_cast<const float*>(data_of("weight_scale", scale));
   const EpilogueTensors kept = set_epilogue(&g, bias, residual, activation);
   run_gemm(g);
   return out;
@@ -59,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& input, bool 
   const char* op = "quantize_per_token";
   check_float(op, "input", input);
   STD_TORCH_CHECK(input.dim() >= 1, op, ": input must have at least 1 dimension, got a scalar");
-  const RowView x = row_view(input);
+  const RowView x = row_view("input", input);
   const int64_t lead = input.dim() - 1;
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i <= lead; i++) sizes.push_back(input.size(i));

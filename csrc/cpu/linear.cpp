@@ -25,7 +25,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   check_linear("linear", input, weight);
   const int64_t n = weight.size(0);
   check_bias("linear", bias, n, input);
-  const RowView x = row_view(input), w = row_view(weight);
+  const RowView x = row_view("input", input), w = row_view("weight", weight);
   Tensor out = output_like(input, n);
   Gemm g = gemm_over(x, out, n);
   g.flavour = flavour_of("linear", input, precision);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   check_linear("linear_backward", input, weight);
   check_like_output("linear_backward", "grad_output", grad_output, weight.size(0), input);
   const Flavour flavour = flavour_of("linear_backward", input, precision);
-  const RowView dy = row_view(grad_output), x = row_view(input), w = row_view(weight);
+  const RowView dy = row_view("grad_output", grad_output), x = row_view("input", input), w = row_view("weight", weight);
   const int64_t nothing = 0;
   const auto none = [&](ScalarType t) { return empty_cpu(&nothing, 1, t); };
   return {need_input ? input_gradient(dy, w, input, flavour) : none(input.scalar_type()),
@@ -114,11 +114,10 @@ Tensor pack_linear_weight(const Tensor& weight, int64_t precision) {
   const char* op = "pack_linear_weight";
   check_float(op, "weight", weight);
   check_dim(op, "weight", weight, 2);
-  STD_TORCH_CHECK(precision == 0 || precision == 1, op, ": precision must be 0 (fp32) or 1 (bf16), got ", precision);
-  const Flavour flavour = precision ? Flavour::bf16 : Flavour::f32;
-  const RowView w = row_view(weight);
+  const Flavour flavour = flavour_of(op, weight, precision);
+  const RowView w = row_view("weight", weight);
   const int64_t sizes[3] = {ceil_div(w.rows, kPanel), panel_groups(w.columns, flavour), kPanel * k_per_lane(flavour)};
-  Tensor out = empty_cpu(sizes, 3, precision ? ScalarType::BFloat16 : ScalarType::Float);
+  Tensor out = empty_cpu(sizes, 3, flavour == Flavour::bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   pack_all({w.rows, w.columns, flavour, w.data, dtype_of(weight), 1, w.row_stride, false, out.mutable_data_ptr()});
   return out;
 }
@@ -128,7 +127,7 @@ Tensor pack_int8_linear_weight(const Tensor& weight) {
   check_dtype(op, "weight", weight, ScalarType::Char);
   check_dim(op, "weight", weight, 2);
   check_int8_k(op, weight.size(1));
-  const RowView w = row_view(weight);
+  const RowView w = row_view("weight", weight);
   const int64_t sizes[3] = {ceil_div(w.rows, kPanel), panel_groups(w.columns, Flavour::u8s8) + 1, kGroupBytes};
   Tensor out = empty_cpu(sizes, 3, ScalarType::Char);
   pack_all({w.rows, w.columns, Flavour::u8s8, w.data, DType::s8, 1, w.row_stride, true, out.mutable_data_ptr()});
@@ -157,12 +156,12 @@ Tensor linear_packed(const Tensor& input, const Tensor& packed_weight, int64_t o
   check_bias(op, bias, out_features, input);
   check_residual(op, residual, out_features, input);
   check_activation(op, activation);
-  const RowView x = row_view(input);
+  const RowView x = row_view("input", input);
   Tensor out = output_like(input, out_features);
   Gemm g = gemm_over(x, out, out_features);
   g.flavour = flavour;
   g.prepare = native(g.a_dtype, flavour) ? APrepare::none : APrepare::convert;
-  g.b = packed_weight.const_data_ptr();
+  g.b = data_of("packed_weight", packed_weight);
   g.b_packed = true;
   const EpilogueTensors kept = set_epilogue(&g, bias, residual, activation);
   run_gemm(g);

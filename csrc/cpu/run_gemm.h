@@ -1,6 +1,8 @@
 // From torch tensors to the kernels' Gemm, and over torch's own threads.
 #pragma once
 
+#include <atomic>
+#include <new>
 #include <vector>
 
 #include "common/checks.h"
@@ -30,9 +32,20 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   }
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  STD_TORCH_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle) ==
+                      AOTI_TORCH_SUCCESS,
+                  "pybigmodel: not enough memory for a tensor of ", stride, " elements of ", dtype_name(dtype));
   return Tensor(handle);
+}
+
+// torch::stable::contiguous goes through the dispatcher, a third of a microsecond, even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline const void* data_of(const char* name, const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(data || t.numel() == 0, "pybigmodel: ", name, " must have its storage, got a tensor of shape ",
+                  shape_of(t), " whose storage was freed");
+  return data;
 }
 
 // A tensor seen as rows of its last dimension.
@@ -43,7 +56,7 @@ struct RowView {
 };
 
 // Without a copy where the last dimension is contiguous and the leading ones have one common stride.
-inline RowView row_view(const Tensor& t) {
+inline RowView row_view(const char* name, const Tensor& t) {
   const int64_t dim = t.dim(), columns = dim ? t.size(dim - 1) : 1;
   int64_t rows = 1, row_stride = columns;
   bool regular = dim < 1 || t.stride(dim - 1) == 1 || columns <= 1;
@@ -62,9 +75,9 @@ inline RowView row_view(const Tensor& t) {
   }
   if (!regular) {
     const Tensor copy = torch::stable::contiguous(t);
-    return {copy, copy.const_data_ptr(), rows, columns, columns};
+    return {copy, data_of(name, copy), rows, columns, columns};
   }
-  return {t, t.const_data_ptr(), rows, columns, row_stride};
+  return {t, data_of(name, t), rows, columns, row_stride};
 }
 
 // The output of a product over rows of `input`: its leading dimensions, then n.
@@ -80,7 +93,15 @@ inline Tensor output_like(const Tensor& input, int64_t n) {
 template <class F>
 void parallel(int64_t count, const F& f) {
   if (count == 1) return f(int64_t{0}, int64_t{1});
-  torch::stable::parallel_for(0, count, 1, f);
+  std::atomic<bool> out_of_memory = false;  // an exception would lose its text on the way through torch's C interface
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  STD_TORCH_CHECK(!out_of_memory, "pybigmodel: not enough memory to prepare the operands of a product");
 }
 
 inline void run_gemm(const Gemm& g) {
@@ -104,12 +125,12 @@ inline EpilogueTensors set_epilogue(Gemm* g, const std::optional<Tensor>& bias, 
                                     int64_t activation) {
   EpilogueTensors kept;
   if (bias) {
-    kept.bias = torch::stable::contiguous(*bias);
-    g->bias = kept.bias->const_data_ptr();
+    kept.bias = as_contiguous(*bias);
+    g->bias = data_of("bias", *kept.bias);
     g->bias_dtype = dtype_of(*kept.bias);
   }
   if (residual) {
-    const RowView view = row_view(*residual);
+    const RowView view = row_view("residual", *residual);
     kept.residual = view.tensor;
     g->residual = view.data;
     g->residual_row = view.row_stride;

@@ -13,15 +13,7 @@ namespace {
 constexpr const char* kOp = "int8_linear";
 
 void check_packed_weight(const Tensor& packed_weight, int64_t n, int64_t k, const Tensor& input) {
-  check_same_device(kOp, "packed_weight", packed_weight, input);
-  check_dtype(kOp, "packed_weight", packed_weight, ScalarType::Char);
-  check_dim(kOp, "packed_weight", packed_weight, 3);
-  const int64_t panels = int8_panels(n), groups = int8_groups(k) + 1;
-  STD_TORCH_CHECK(packed_weight.is_contiguous() && packed_weight.size(0) == panels && packed_weight.size(1) == groups &&
-                      packed_weight.size(2) == kGroupBytes,
-                  kOp, ": packed_weight for in_features = ", k, " (the last dimension of input) and out_features = ", n,
-                  " (the size of weight_scale) must be contiguous with shape (", panels, ", ", groups, ", ",
-                  kGroupBytes, "), got ", shape_of(packed_weight));
+  check_packed_int8_weight(kOp, packed_weight, n, k, input);
   // The copies into shared memory move 16 bytes.
   STD_TORCH_CHECK(is_aligned(packed_weight.const_data_ptr(), 16), kOp,
                   ": packed_weight must start at a multiple of 16 bytes, as what "
@@ -80,7 +72,7 @@ Tensor int8_linear(const Tensor& input, const Tensor& packed_weight, const Tenso
   const Tensor w_scale = torch::stable::contiguous(weight_scale);
   const std::optional<Tensor> b = contiguous(bias), r = contiguous(residual);
   // Rows of q at 16-byte boundaries, as the product's copies want them.
-  const int64_t q_stride = divide_up(depth, 16) * 16;
+  const int64_t q_stride = ceil_div(depth, 16) * 16;
   using Sizes = std::vector<int64_t>;
   Tensor q = torch::stable::new_empty(x, Sizes{rows, q_stride}, ScalarType::Byte);
   Tensor scale = torch::stable::new_empty(x, Sizes{rows}, ScalarType::Float);
@@ -103,7 +95,7 @@ Tensor int8_linear(const Tensor& input, const Tensor& packed_weight, const Tenso
     p.output = static_cast<T*>(output.mutable_data_ptr());
     p.rows = rows;
     p.columns = columns;
-    p.groups = int8_groups(depth);
+    p.groups = panel_groups(depth, Flavour::u8s8);
     p.activation = static_cast<Activation>(activation);
     const size_t packet = kColumnsPerLane * sizeof(T);
     p.vectorized = columns % kColumnsPerLane == 0 && is_aligned(p.output, packet) && is_aligned(p.residual, packet);

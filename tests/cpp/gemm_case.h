@@ -28,6 +28,8 @@ struct GemmCase {
     return g.flavour == Flavour::bf16 ? from_bf16(to_bf16(static_cast<float>(w))) : w;
   }
 
+  DType residual_dtype() const { return g.c_dtype == DType::u8 ? DType::f32 : g.c_dtype; }
+
   RowOperand row(int64_t i) const {
     RowOperand r;
     double low = 0, high = 0;
@@ -120,7 +122,11 @@ inline void choose_b(Rng& rng, GemmCase& c) {
 inline void choose_c(Rng& rng, GemmCase& c) {
   Gemm& g = c.g;
   constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f16};
-  g.c_dtype = rng.of(kFloats);
+  g.c_dtype = rng.chance(5) ? DType::u8 : rng.of(kFloats);
+  if (g.c_dtype == DType::u8) {
+    g.c_inverse_scale = 4 + 4 * std::fabs(rng.value());
+    g.c_zero_point = static_cast<int32_t>(rng.below(256));
+  }
   g.c_row = g.n + rng.below(3);
   c.c = Exact(((g.m - 1) * g.c_row + g.n) * size_of(g.c_dtype), rng.chance(2) ? size_of(g.c_dtype) : 0);
   g.c = c.c.data();
@@ -130,14 +136,14 @@ inline void choose_c(Rng& rng, GemmCase& c) {
     g.col_scale = c.scale.as<float>();
   }
   if (rng.chance(2)) {
-    g.bias_dtype = rng.chance(2) ? DType::f32 : g.c_dtype;
+    g.bias_dtype = rng.chance(2) ? DType::f32 : c.residual_dtype();
     c.bias = random_elements(rng, g.bias_dtype, g.n);
     g.bias = c.bias.data();
   }
   g.activation = rng.chance(2) ? Activation::none : static_cast<Activation>(rng.below(kActivationCount));
   if (rng.chance(2)) {
     g.residual_row = rng.chance(10) ? 0 : g.n + rng.below(3);
-    c.residual = random_elements(rng, g.c_dtype, (g.m - 1) * g.residual_row + g.n);
+    c.residual = random_elements(rng, c.residual_dtype(), (g.m - 1) * g.residual_row + g.n);
     g.residual = c.residual.data();
   }
 }

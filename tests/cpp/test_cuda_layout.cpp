@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <set>
 #include <string>
 #include <vector>
@@ -17,6 +18,7 @@
 
 namespace {
 
+using namespace pbm;
 using namespace pbm::cuda;
 using namespace pbm::cuda_sim;
 
@@ -323,7 +325,7 @@ void test_product(const Product& p, const Schedule& schedule) {
   params.output = output.data();
   params.rows = p.rows;
   params.columns = p.columns;
-  params.groups = int8_groups(p.depth);
+  params.groups = panel_groups(p.depth, Flavour::u8s8);
   params.activation = p.activation;
   params.vectorized = p.columns % 4 == 0;
   simulate(int8_linear_blocks<Tile>(p.rows, p.columns), Tile::kThreads, schedule, int8_linear_sm80<T, Q, Tile>, params);
@@ -376,7 +378,7 @@ void test_products_of_tile() {
 
 // The largest K, with the operands of the largest sum: nothing wraps around.
 void test_largest_sum() {
-  const int depth = static_cast<int>(kMaxInt8Depth);
+  const int depth = static_cast<int>(kMaxInt8K);
   const Schedule& schedule = kSchedules[0];
   Weight w = pack(1, depth, std::vector<int8_t>(static_cast<size_t>(depth), -128), schedule);
   const size_t stride = (static_cast<size_t>(depth) + 15) / 16 * 16;
@@ -395,9 +397,45 @@ void test_largest_sum() {
     params.packed_weight = w.packed.data();
     params.output = output.data();
     params.rows = params.columns = 1;
-    params.groups = int8_groups(depth);
+    params.groups = panel_groups(depth, Flavour::u8s8);
     simulate(1, Int8LinearTileSmall::kThreads, schedule, int8_linear_sm80<float, uint8_t, Int8LinearTileSmall>, params);
     expect(output[0] == static_cast<float>((255 - zero_point) * -128.0 * depth), "largest sum");
+  }
+}
+
+// Rows of any magnitude: (sum·w_scale)·x_scale to the bit, and no product on the way leaves the normal range.
+void test_scale_order() {
+  const float sizes[] = {1e-36f, 1e-30f, 1.0f, 1e30f, 1e36f};
+  constexpr int kRows = std::size(sizes), kColumns = 16, kDepth = 64;
+  const Schedule& schedule = kSchedules[0];
+  Weight w = pack(kColumns, kDepth, random_int8(kColumns * kDepth), schedule);
+  Buffer<uint8_t> q(kRows * kDepth);
+  Buffer<float> x_scale(kRows), w_scale(kColumns), output(kRows * kColumns);
+  for (size_t i = 0; i < q.size(); i++) q[i] = static_cast<uint8_t>(random_int(-127, 127));
+  for (size_t i = 0; i < kRows; i++) x_scale[i] = std::max(sizes[i] * (1 + std::fabs(random_float())) / 127, FLT_MIN);
+  for (size_t j = 0; j < kColumns; j++) w_scale[j] = 1e-3f * (1 + std::fabs(random_float()));
+  Int8LinearParams<float> params{};
+  params.q = q.data();
+  params.q_stride = kDepth;
+  params.x_scale = x_scale.data();
+  params.packed_weight = w.packed.data();
+  params.w_scale = w_scale.data();
+  params.output = output.data();
+  params.rows = kRows;
+  params.columns = kColumns;
+  params.groups = panel_groups(kDepth, Flavour::u8s8);
+  params.vectorized = true;
+  simulate(1, Int8LinearTileSmall::kThreads, schedule, int8_linear_sm80<float, int8_t, Int8LinearTileSmall>, params);
+  for (size_t i = 0; i < kRows; i++) {
+    for (size_t j = 0; j < kColumns; j++) {
+      int sum = 0;
+      for (size_t k = 0; k < kDepth; k++) sum += static_cast<int8_t>(q[i * kDepth + k]) * w.values[j * kDepth + k];
+      const float got = output[i * kColumns + j], expected = static_cast<float>(sum) * w_scale[j] * x_scale[i];
+      const double exact = static_cast<double>(sum) * w_scale[j] * x_scale[i];
+      const std::string at = "scales of row " + std::to_string(i) + ", column " + std::to_string(j);
+      expect(got == expected, at + ": order");
+      expect(std::fabs(got - exact) <= std::fabs(exact) * 0x1p-22, at + ": precision");
+    }
   }
 }
 
@@ -415,6 +453,7 @@ int main() {
   test_products_of_tile<Int8LinearTileMedium>();
   test_products_of_tile<Int8LinearTileLarge>();
   test_largest_sum();
-  if (failures == 0) std::puts("ok");
+  test_scale_order();
+  if (failures == 0) std::puts("cuda_layout ok");
   return failures == 0 ? 0 : 1;
 }

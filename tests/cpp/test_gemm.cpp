@@ -53,8 +53,12 @@ Expected expected(const GemmCase& c, const RowOperand& row, int64_t i, int64_t j
   // |act'| <= 1.13; the activations' own error, relative to x (vecmath.h).
   bound = 1.13 * bound + (g.activation > Activation::relu ? std::fabs(before) * 1e-6 : 0);
   if (g.residual) {
-    y += get(g.c_dtype, g.residual, i * g.residual_row + j);
+    y += get(c.residual_dtype(), g.residual, i * g.residual_row + j);
     bound += std::fabs(y) * 0x1p-24;
+  }
+  if (g.c_dtype == DType::u8) {
+    const double q = y * g.c_inverse_scale + g.c_zero_point;
+    return {std::fmin(std::fmax(q, 0), 255), bound * g.c_inverse_scale * 1.01 + 0.5 + std::fabs(q) * 0x1p-22};
   }
   return {y, bound * 1.01 + rounding(g.c_dtype, std::fabs(y) + bound)};
 }
@@ -76,8 +80,8 @@ void check_case(Isa isa, GemmCase& c, int64_t threads) {
     for (int64_t j = 0; j < g.n; j++) {
       const double got = get(g.c_dtype, g.c, i * g.c_row + j);
       if (row.poisoned) {
-        CHECK(std::isnan(got), "%s: %s: row %lld has a NaN, C(.., %lld) is %g", isa_name(isa), c.describe().c_str(),
-              (long long)i, (long long)j, got);
+        CHECK(g.c_dtype == DType::u8 ? got == 0 : std::isnan(got), "%s: %s: row %lld has a NaN, C(.., %lld) is %g",
+              isa_name(isa), c.describe().c_str(), (long long)i, (long long)j, got);
         continue;
       }
       const Expected e = expected(c, row, i, j);

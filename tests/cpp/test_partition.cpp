@@ -25,6 +25,18 @@ void test_partition(const Options& options) {
     for (int64_t unit : {1, 16})
       for (int64_t parts = 1; parts < 9; parts++) check_part(total, unit, parts);
 
+  // One row, or a few, of a layer that is worth two threads takes both, over its columns.
+  for (int64_t m : {1, 8}) {
+    Gemm g{};
+    g.m = m;
+    g.n = g.k = 768;
+    g.flavour = Flavour::f32;
+    g.b_packed = true;
+    const Grid grid = partition(g, 2);
+    CHECK(grid.m == 1 && grid.n == 2, "%lld rows of 768x768 over 2 threads: %lld x %lld", (long long)m,
+          (long long)grid.m, (long long)grid.n);
+  }
+
   Rng rng(options.seed);
   constexpr int64_t kSizes[] = {1, 2, 3, 4, 5, 8, 15, 16, 17, 48, 64, 65, 128, 768, 1000, 3072, 4096, 65793, 1 << 20};
   constexpr Flavour kFlavours[] = {Flavour::f32, Flavour::bf16, Flavour::u8s8};

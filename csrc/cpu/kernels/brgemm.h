@@ -20,19 +20,19 @@ struct Brgemm {
   int64_t b_panel;  // bytes from one panel to the next
   const int64_t* b_offset;
   int64_t batch;
-  int64_t k;        // elements (not lanes) of one batch entry
-  void* c;          // 4-byte elements
-  int64_t ldc;      // elements
-  bool accumulate;  // C += instead of C =
+  int64_t k;         // elements (not lanes) of one batch entry
+  void* c;           // 4-byte elements
+  int64_t ldc;       // elements
+  bool accumulate;   // C += instead of C =
   const char* soon;  // what the caller reads next: 64 bytes a lane from here on are fetched into L2; b if nothing is
 };
 
 // The register tile of a tier: the most rows, the panels for that many rows, the form of A's lanes.
 struct TileShape {
   int max_rows;
-  int panels;       // at max_rows
-  int wide_rows;    // up to this many rows ...
-  int wide_panels;  // ... the tile may be this wide
+  int panels;         // at max_rows
+  int wide_rows;      // up to this many rows ...
+  int wide_panels;    // ... the tile may be this wide
   int u8_lane_bytes;  // 4, or 8: each lane's u8 widened to 16 bits in the order 0, 2, 1, 3 and the last one filled up
 };
 

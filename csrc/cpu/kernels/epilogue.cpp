@@ -28,6 +28,15 @@ PBM_INLINE Vec dequantise(const EpilogueTile& t, int r, int64_t j, IVec column_s
   }
 }
 
+// y to u8; the bounds are applied before the conversion, which has none for NaN and what int32 cannot hold.
+PBM_INLINE void store_quantised(const Gemm& g, int64_t at, Vec y, int n) {
+  const float zero = static_cast<float>(g.c_zero_point);
+  const Vec q = vmin(vmax(mul(y, set1(g.c_inverse_scale)), set1(-zero)), set1(255.f - zero));
+  uint8_t bytes[16];
+  narrow_u8(bytes, iadd(to_int(q), iset1(g.c_zero_point)));
+  std::memcpy(static_cast<uint8_t*>(g.c) + at, bytes, n);
+}
+
 template <Source S, Activation A, DType T>
 void run(const Gemm& g, const EpilogueTile& t) {
   for (int64_t j = 0; j < t.columns; j += kWidth) {
@@ -45,15 +54,20 @@ void run(const Gemm& g, const EpilogueTile& t) {
       Vec y = add(dequantise<S>(t, r, j, column_sum, col_scale), bias);
       y = activate<A>(y);
       const int64_t at = (t.row + r) * g.c_row + col;
-      if (g.residual) y = add(y, load16_n<T>(g.residual, (t.row + r) * g.residual_row + col, n));
-      store16_n<T>(g.c, at, y, n);
+      constexpr DType kResidual = T == DType::u8 ? DType::f32 : T;
+      if (g.residual) y = add(y, load16_n<kResidual>(g.residual, (t.row + r) * g.residual_row + col, n));
+      if constexpr (T == DType::u8) {
+        store_quantised(g, at, y, n);
+      } else {
+        store16_n<T>(g.c, at, y, n);
+      }
     }
   }
 }
 
 using RunFn = void (*)(const Gemm&, const EpilogueTile&);
 
-#define PBM_DTYPES(S, A) {run<S, A, DType::f32>, run<S, A, DType::bf16>, run<S, A, DType::f16>}
+#define PBM_DTYPES(S, A) {run<S, A, DType::f32>, run<S, A, DType::bf16>, run<S, A, DType::f16>, run<S, A, DType::u8>}
 #define PBM_ACTIVATIONS(S)                                                                                \
   {PBM_DTYPES(S, Activation::none), PBM_DTYPES(S, Activation::relu), PBM_DTYPES(S, Activation::gelu_erf), \
    PBM_DTYPES(S, Activation::gelu_tanh), PBM_DTYPES(S, Activation::silu)}
@@ -61,7 +75,7 @@ using RunFn = void (*)(const Gemm&, const EpilogueTile&);
 }  // namespace
 
 void epilogue(const Gemm& g, const EpilogueTile& t) {
-  static const RunFn table[3][kActivationCount][3] = {PBM_ACTIVATIONS(Source::fp32), PBM_ACTIVATIONS(Source::int32),
+  static const RunFn table[3][kActivationCount][4] = {PBM_ACTIVATIONS(Source::fp32), PBM_ACTIVATIONS(Source::int32),
                                                       PBM_ACTIVATIONS(Source::digits)};
   const Source source = g.flavour != Flavour::u8s8      ? Source::fp32
                         : g.prepare == APrepare::digits ? Source::digits

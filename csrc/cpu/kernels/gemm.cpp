@@ -12,10 +12,13 @@ namespace {
 constexpr int64_t sum_lanes(Flavour f) { return f == Flavour::bf16 && PBM_TIER_LEVEL < 3 ? 128 : 256; }
 // Rows of A prepared at a time; their lanes stay in the cache while all of B passes by.
 constexpr int64_t kChunkRows = 384;
+constexpr int64_t kChunkBytes = int64_t{640} << 10;
 // Where every chunk packs B again, at the cost of 8 rows.
 constexpr int64_t kChunkRowsUnpacked = 1024;
 // Longer panels are cut along k: a group of them and the rows of A that pass by would not both stay in L2.
 constexpr int64_t kPanelLanes = 3072;
+// Panels that are multiplied with one tile of rows after another, if they are short.
+constexpr int64_t kPanelBytes = int64_t{128} << 10;
 // Accumulators that are kept between parts of k.
 constexpr int64_t kAccumulatorBytes = int64_t{2} << 20;
 
@@ -23,6 +26,16 @@ int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t rows_per_row(const Gemm& g) { return g.prepare == APrepare::digits ? 3 : 1; }
+
+// Equal chunks of `rows` rows: of so many as stay in L2 while panels pass by, if these are worth reading B again.
+int64_t chunk_rows(const Gemm& g, int64_t rows) {
+  int64_t most = kChunkRowsUnpacked;
+  if (g.b_packed) {
+    const int64_t fit = kChunkBytes / max64(panel_groups(g.k, g.flavour) * lane_bytes(g.flavour) * rows_per_row(g), 1);
+    most = fit >= kChunkRows / 3 ? min64(fit, kChunkRows) : kChunkRows;
+  }
+  return ceil_div(ceil_div(rows, ceil_div(rows, most)), kTile.max_rows) * kTile.max_rows;
+}
 
 // The rows of one chunk as brgemm reads them, from some k on.
 struct Rows {
@@ -107,20 +120,36 @@ TileCut cut_tiles(int64_t rows, int64_t unit) {
   return {static_cast<int>(height), height <= kTile.wide_rows ? kTile.wide_panels : kTile.panels};
 }
 
-// The rows of a chunk times one group of panels, along a part of k.
+// The rows of a chunk times a few panels, along a part of k.
 struct Block {
   Rows a;
   Range m, k;
   Panels b;
   int64_t first, count;  // panels
-  bool more;             // whether the next group of panels follows in memory and is needed next
-  int tile_rows;
+  bool more;             // whether as many panels follow in memory and are needed next
+  TileCut tile;
   char* acc;  // accumulators that outlive the part, tile after tile; null: the part is all of k
 };
 
+void finish(const Gemm& g, const Block& x, int64_t r, int height, int64_t j, int64_t count, const char* acc) {
+  const int64_t unit = rows_per_row(g);
+  EpilogueTile e;
+  e.acc = acc;
+  e.ld_acc = count * kPanel;
+  e.rows = static_cast<int>(height / unit);
+  e.row = x.m.begin + r / unit;
+  e.col = (x.first + j) * kPanel;
+  e.columns = min64(count * kPanel, g.n - e.col);
+  e.row_scale = x.a.scale ? x.a.scale + r / unit : nullptr;
+  e.row_zero = x.a.zero_point ? x.a.zero_point + r / unit : nullptr;
+  const char* sums = x.b.data + j * x.b.stride + panel_groups(g.k - x.k.begin, g.flavour) * kGroupBytes;
+  e.column_sums = reinterpret_cast<const int32_t*>(sums);
+  e.column_sums_panel = x.b.stride / 4;
+  epilogue(g, e);
+}
+
 void multiply(const Gemm& g, const Block& x) {
-  const int64_t unit = rows_per_row(g), rows = (x.m.end - x.m.begin) * unit;
-  const int64_t per_lane = k_per_lane(g.flavour), width = x.count * kPanel;
+  const int64_t unit = rows_per_row(g), rows = (x.m.end - x.m.begin) * unit, per_lane = k_per_lane(g.flavour);
   // Prepared rows are padded to whole lanes with zeros, as panels are: no tail.
   const int64_t k_end = g.prepare == APrepare::none ? x.k.end : ceil_div(x.k.end, per_lane) * per_lane;
   const int64_t step = g.flavour == Flavour::u8s8 ? k_end - x.k.begin : sum_lanes(g.flavour) * per_lane;
@@ -128,40 +157,30 @@ void multiply(const Gemm& g, const Block& x) {
 
   for (int64_t r = 0, t = 0; r < rows; t++) {
     // Taller tiles first, so that the heights differ by one unit at most.
-    const int64_t left = ceil_div(rows - r, x.tile_rows);
+    const int64_t left = ceil_div(rows - r, x.tile.rows);
     const int height = static_cast<int>(ceil_div((rows - r) / unit, left) * unit);
-    char* c = x.acc ? x.acc + r * width * 4 : tile;
-    int64_t k = x.k.begin;
-    do {  // once for k = 0 too
+    for (int64_t j = 0; j < x.count; j += x.tile.panels) {
+      const int64_t count = min64(x.tile.panels, x.count - j);
       Brgemm p;
-      p.a = x.a.data + r * x.a.stride + (k - x.k.begin) / per_lane * lane_bytes(g.flavour);
       p.lda = x.a.stride;
       p.a_offset = p.b_offset = nullptr;
-      p.b = x.b.data + (k - x.k.begin) / per_lane * kGroupBytes;
       p.b_panel = x.b.stride;
       p.batch = 1;
-      p.k = min64(step, k_end - k);
+      p.ldc = count * kPanel;
+      char* c = x.acc ? x.acc + r * p.ldc * 4 : tile;
       p.c = c;
-      p.ldc = width;
-      p.accumulate = k > 0;
-      p.soon = p.b + (x.more && t < x.count ? (x.count + t) * x.b.stride : 0);  // the t-th tile fetches a t-th panel
-      brgemm(p, g.flavour, height, static_cast<int>(x.count));
-      k += step;
-    } while (k < k_end);
-    if (x.k.end == g.k) {
-      EpilogueTile e;
-      e.acc = c;
-      e.ld_acc = width;
-      e.rows = static_cast<int>(height / unit);
-      e.row = x.m.begin + r / unit;
-      e.col = x.first * kPanel;
-      e.columns = min64(width, g.n - e.col);
-      e.row_scale = x.a.scale ? x.a.scale + r / unit : nullptr;
-      e.row_zero = x.a.zero_point ? x.a.zero_point + r / unit : nullptr;
-      e.column_sums =
-          reinterpret_cast<const int32_t*>(x.b.data + panel_groups(g.k - x.k.begin, g.flavour) * kGroupBytes);
-      e.column_sums_panel = x.b.stride / 4;
-      epilogue(g, e);
+      int64_t k = x.k.begin;
+      do {  // once for k = 0 too
+        const int64_t lane = (k - x.k.begin) / per_lane;
+        p.a = x.a.data + r * x.a.stride + lane * lane_bytes(g.flavour);
+        p.b = x.b.data + j * x.b.stride + lane * kGroupBytes;
+        p.k = min64(step, k_end - k);
+        p.accumulate = k > 0;
+        p.soon = p.b + (x.more && t < count ? (count + t) * x.b.stride : 0);  // the t-th tile fetches a t-th panel
+        brgemm(p, g.flavour, height, static_cast<int>(count));
+        k += step;
+      } while (k < k_end);
+      if (x.k.end == g.k) finish(g, x, r, height, j, count, c);
     }
     r += height;
   }
@@ -174,7 +193,7 @@ const char* const kNames[3] = {"gemm_f32." PBM_TIER_NAME, "gemm_bf16." PBM_TIER_
 void gemm(const Gemm& g, Range m, Range n) {
   note_kernel(kNames[static_cast<int>(g.flavour)]);
   const int64_t unit = rows_per_row(g), per_lane = k_per_lane(g.flavour), lanes = panel_groups(g.k, g.flavour);
-  const int64_t last_panel = ceil_div(n.end, kPanel), chunk = g.b_packed ? kChunkRows : kChunkRowsUnpacked;
+  const int64_t last_panel = ceil_div(n.end, kPanel), chunk = chunk_rows(g, m.end - m.begin);
   // Equal parts of k, in whole blocks of sums.
   const int64_t parts = max64(ceil_div(lanes, kPanelLanes), 1);
   const int64_t part = max64(ceil_div(ceil_div(lanes, parts), 256) * 256 * per_lane, 1);
@@ -183,17 +202,19 @@ void gemm(const Gemm& g, Range m, Range n) {
     Block x;
     x.m = {i, min64(i + chunk, m.end)};
     const int64_t rows = (x.m.end - x.m.begin) * unit;
-    const TileCut cut = cut_tiles(rows, unit);
-    x.tile_rows = cut.rows;
+    x.tile = cut_tiles(rows, unit);
     const bool quantised = g.flavour == Flavour::u8s8;
     const Rows whole = quantised ? quantise(g, x.m) : Rows{};
+    // Short panels pass by many at once, so that C is written in long pieces.
+    const int64_t fit = kPanelBytes / max64(lanes * kGroupBytes, 1) / x.tile.panels * x.tile.panels;
+    const int64_t count = max64(fit, x.tile.panels);
     // Where k is cut, one part of A meets as many panels as there is room for accumulators before the next part comes.
-    const int64_t group_bytes = rows * cut.panels * kPanel * 4;
+    const int64_t group_bytes = rows * x.tile.panels * kPanel * 4;
     int64_t step = last_panel;
     char* acc = nullptr;
     if (parts > 1) {
       const int64_t groups = max64(kAccumulatorBytes / group_bytes, 1);
-      step = groups * cut.panels;
+      step = groups * x.tile.panels;
       acc = static_cast<char*>(scratch(ScratchSlot::accumulators, groups * group_bytes));
     }
     for (int64_t j0 = n.begin / kPanel; j0 < last_panel; j0 += step) {
@@ -203,12 +224,12 @@ void gemm(const Gemm& g, Range m, Range n) {
         x.k = {k, min64(k + part, g.k)};
         x.a = quantised ? whole : rows_of(g, x.m, x.k);
         if (quantised) x.a.data += k / per_lane * lane_bytes(g.flavour);
-        for (int64_t j = j0; j < j1; j += cut.panels) {
+        for (int64_t j = j0; j < j1; j += count) {
           x.first = j;
-          x.count = min64(cut.panels, j1 - j);
+          x.count = min64(count, j1 - j);
           x.b = panels_of(g, j, x.count, x.k);
-          x.more = g.b_packed && j + 2 * x.count <= last_panel;
-          x.acc = acc ? acc + (j - j0) / cut.panels * group_bytes : nullptr;
+          x.more = g.b_packed && x.count == x.tile.panels && j + 2 * x.count <= last_panel;
+          x.acc = acc ? acc + (j - j0) / x.tile.panels * group_bytes : nullptr;
           multiply(g, x);
         }
         k += part;

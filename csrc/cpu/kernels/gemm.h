@@ -37,18 +37,18 @@ struct Gemm {
   void* c;
   DType c_dtype;
   int64_t c_row;
+  // With C in u8: q = round(c·c_inverse_scale) + c_zero_point, saturated to [0, 255]; NaN becomes 0.
+  float c_inverse_scale;
+  int32_t c_zero_point;
 
   // Epilogue, applied in this order; null pointers are skipped.
   const float* col_scale;  // n, with u8s8 only (there it is required)
   const void* bias;        // n
   DType bias_dtype;
   Activation activation;
-  const void* residual;  // like C, with its dtype
+  const void* residual;  // like C, with its dtype, or fp32 where C is u8
   int64_t residual_row;
 };
-
-// int32 accumulation is exact while 255·128·k < 2³¹.
-constexpr int64_t kMaxInt8K = 65793;
 
 // How a product is cut over threads: rows into m parts, panels of columns into n parts.
 struct Grid {
@@ -72,6 +72,5 @@ struct PackB {
   bool column_sums;
   void* out;
 };
-constexpr int64_t panel_groups(int64_t k, Flavour f) { return ceil_div(k, k_per_lane(f)); }
 
 }  // namespace pbm

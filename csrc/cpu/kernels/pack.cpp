@@ -5,6 +5,9 @@
 namespace pbm::PBM_TIER {
 namespace {
 
+// Bytes that a column is fetched ahead: sixteen columns are more streams than the hardware's prefetchers follow.
+constexpr int64_t kPrefetch = 512;
+
 PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // `count` consecutive elements from `base[i...]`, at most one register of lanes (16, 32 or 64 by flavour), zero-padded.
@@ -40,28 +43,48 @@ void pack_columns(const PackB& p, int64_t j0, char* out) {
   for (int64_t k = 0; k < p.k; k += kBlock) {
     const int64_t count = min64(kBlock, p.k - k);
     IVec r[16];
-    for (int64_t j = 0; j < 16; j++)
-      r[j] = j < columns ? lanes_from<F, T>(p.b, (j0 + j) * p.b_col + k, count) : izero();
-    transpose16(r);
-    const int64_t groups = ceil_div(count, k_per_lane(F));
-    for (int64_t l = 0; l < groups; l++) istore(out + l * kGroupBytes, r[l]);
+    if (columns == kPanel && count == kBlock) {  // unrolled, so that the block stays in registers
+  PBM_UNROLL for (int j = 0; j < 16; j++) {
+        const int64_t at = (j0 + j) * p.b_col + k;
+        __builtin_prefetch(static_cast<const char*>(p.b) + at * size_of(T) + kPrefetch, 0, 3);
+        r[j] = lanes_from<F, T>(p.b, at, kBlock);
+      }
+      transpose16(r);
+      PBM_UNROLL for (int l = 0; l < 16; l++) istore(out + l * kGroupBytes, r[l]);
+    } else {
+      for (int64_t j = 0; j < 16; j++)
+        r[j] = j < columns ? lanes_from<F, T>(p.b, (j0 + j) * p.b_col + k, count) : izero();
+      transpose16(r);
+      const int64_t groups = ceil_div(count, k_per_lane(F));
+      for (int64_t l = 0; l < groups; l++) istore(out + l * kGroupBytes, r[l]);
+    }
     out += 16 * kGroupBytes;
   }
 }
 
-// B's rows are contiguous along n.
+// The bf16 that x rounds to, one a lane; what was bf16 in memory is so already.
+template <DType T>
+PBM_INLINE IVec bf16_lanes(Vec x) {
+  return T == DType::bf16 ? shr<16>(as_int(x)) : bf16_bits(x);
+}
+
+// Sixteen columns of a matrix with contiguous rows, from row k on, as one lane: of rows k, or k and k + 1, below k_end.
 template <Flavour F, DType T>
-void pack_rows(const PackB& p, int64_t j0, char* out) {
-  const int n = static_cast<int>(min64(kPanel, p.n - j0));
-  for (int64_t k = 0; k < p.k; k += k_per_lane(F), out += kGroupBytes) {
-    const Vec even = load16_n<T>(p.b, k * p.b_row + j0, n);
-    if constexpr (F == Flavour::f32) {
-      istore(out, as_int(even));
-    } else {
-      const Vec odd = k + 1 < p.k ? load16_n<T>(p.b, (k + 1) * p.b_row + j0, n) : zero();
-      istore(out, ior(bf16_bits(even), shl<16>(bf16_bits(odd))));
+PBM_INLINE IVec lane_of_rows(const void* base, int64_t at, int64_t row, int64_t k, int64_t k_end, int n) {
+  const Vec even = k < k_end ? load16_n<T>(base, at, n) : zero();
+  if constexpr (F == Flavour::f32) return as_int(even);
+  const Vec odd = k + 1 < k_end ? load16_n<T>(base, at + row, n) : zero();
+  return ior(bf16_lanes<T>(even), shl<16>(bf16_lanes<T>(odd)));
+}
+
+// B's rows are contiguous along n: NP whole panels at once, so that whole pieces of a row are read; or one of n < 16.
+template <Flavour F, DType T, int NP>
+void pack_rows(const PackB& p, int64_t j0, int n, char* out, int64_t panel_bytes) {
+  for (int64_t k = 0; k < p.k; k += k_per_lane(F), out += kGroupBytes)
+    PBM_UNROLL for (int64_t j = 0; j < NP; j++) {
+      const int64_t at = k * p.b_row + j0 + j * kPanel;
+      istore(out + j * panel_bytes, lane_of_rows<F, T>(p.b, at, p.b_row, k, p.k, n));
     }
-  }
 }
 
 void sum_columns(const char* panel, int64_t groups, char* out) {
@@ -73,32 +96,46 @@ void sum_columns(const char* panel, int64_t groups, char* out) {
 }
 
 template <Flavour F, DType T>
-void pack_panel(const PackB& p, int64_t j0, char* out) {
-  if (p.b_row == 1 || F == Flavour::u8s8) return pack_columns<F, T>(p, j0, out);
-  if constexpr (F != Flavour::u8s8) pack_rows<F, T>(p, j0, out);
+void pack_panels(const PackB& p, int64_t begin, int64_t end, char* out, int64_t panel_bytes) {
+  constexpr int kAtOnce = 3;
+  for (int64_t j = begin; j < end;) {
+    char* to = out + j * panel_bytes;
+    const int64_t columns = min64(end * kPanel, p.n) - j * kPanel;
+    if (p.b_row == 1 || F == Flavour::u8s8) {
+      pack_columns<F, T>(p, j * kPanel, to);
+      j++;
+    } else if constexpr (F != Flavour::u8s8) {
+      if (columns >= kAtOnce * kPanel) {
+        pack_rows<F, T, kAtOnce>(p, j * kPanel, kPanel, to, panel_bytes);
+        j += kAtOnce;
+      } else {
+        pack_rows<F, T, 1>(p, j * kPanel, static_cast<int>(min64(kPanel, columns)), to, panel_bytes);
+        j++;
+      }
+    }
+  }
 }
 
-// A(i, p) with rows contiguous along i (a transposed matrix): 16×16 blocks.
+// A(i, p) with rows contiguous along i (a transposed matrix): blocks of 16 rows × 16 lanes.
 template <Flavour F, DType T>
 void transpose_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row_bytes) {
+  constexpr int64_t kPerLane = k_per_lane(F);
   for (int64_t i = begin; i < end; i += 16) {
     const int rows = static_cast<int>(min64(16, end - i));
-    for (int64_t k = 0; k < g.k; k += 16) {
-      const int64_t count = min64(16, g.k - k);
+    for (int64_t k = 0; k < g.k; k += 16 * kPerLane) {
+      const int64_t lanes = min64(16, ceil_div(g.k - k, kPerLane));
+      char* to = out + (i - begin) * row_bytes + k / kPerLane * 4;
       IVec r[16];
-      for (int64_t q = 0; q < 16; q++)
-        r[q] = q < count ? as_int(load16_n<T>(g.a, (k + q) * g.a_col + i, rows)) : izero();
-      transpose16(r);
-      for (int q = 0; q < rows; q++) {
-        char* row = out + (i - begin + q) * row_bytes;
-        if constexpr (F == Flavour::f32) {
-          store_n(reinterpret_cast<float*>(row) + k, as_float(r[q]), static_cast<int>(count));
-        } else {
-          uint16_t half[16];
-          store_bf16(half, as_float(r[q]));
-          // A last odd element takes its zero partner along: the row is padded to whole lanes.
-          std::memcpy(row + k * 2, half, (count + 1) / 2 * 4);
-        }
+      if (rows == 16 && g.k - k >= 16 * kPerLane) {  // unrolled, so that the block stays in registers
+        PBM_UNROLL for (int q = 0; q < 16; q++)
+          r[q] = lane_of_rows<F, T>(g.a, (k + q * kPerLane) * g.a_col + i, g.a_col, 0, kPerLane, 16);
+        transpose16(r);
+        PBM_UNROLL for (int q = 0; q < 16; q++) istore(to + q * row_bytes, r[q]);
+      } else {
+        for (int q = 0; q < 16; q++)
+          r[q] = lane_of_rows<F, T>(g.a, (k + q * kPerLane) * g.a_col + i, g.a_col, k + q * kPerLane, g.k, rows);
+        transpose16(r);
+        for (int q = 0; q < rows; q++) store_n(reinterpret_cast<float*>(to + q * row_bytes), as_float(r[q]), static_cast<int>(lanes));
       }
     }
   }
@@ -122,20 +159,19 @@ void copy_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row
 }  // namespace
 
 void pack_b(const PackB& p, int64_t begin, int64_t end) {
-  const int64_t groups = panel_groups(p.k, p.flavour);
-  const int64_t panel_bytes = (groups + p.column_sums) * kGroupBytes;
-  for (int64_t j = begin; j < end; j++) {
-    char* out = static_cast<char*>(p.out) + j * panel_bytes;
-    if (p.flavour == Flavour::u8s8) {
-      pack_panel<Flavour::u8s8, DType::s8>(p, j * kPanel, out);
-    } else {
-      with_float_dtype(p.b_dtype, [&]<DType T>() {
-        p.flavour == Flavour::f32 ? pack_panel<Flavour::f32, T>(p, j * kPanel, out)
-                                  : pack_panel<Flavour::bf16, T>(p, j * kPanel, out);
-      });
-    }
-    if (p.column_sums) sum_columns(out, groups, out + groups * kGroupBytes);
+  const int64_t groups = panel_groups(p.k, p.flavour), panel_bytes = (groups + p.column_sums) * kGroupBytes;
+  char* out = static_cast<char*>(p.out);
+  if (p.flavour == Flavour::u8s8) {
+    pack_panels<Flavour::u8s8, DType::s8>(p, begin, end, out, panel_bytes);
+  } else {
+    with_float_dtype(p.b_dtype, [&]<DType T>() {
+      p.flavour == Flavour::f32 ? pack_panels<Flavour::f32, T>(p, begin, end, out, panel_bytes)
+                                : pack_panels<Flavour::bf16, T>(p, begin, end, out, panel_bytes);
+    });
   }
+  if (p.column_sums)
+    for (int64_t j = begin; j < end; j++)
+      sum_columns(out + j * panel_bytes, groups, out + j * panel_bytes + groups * kGroupBytes);
 }
 
 void convert_rows(const Gemm& g, int64_t begin, int64_t end, char* out, int64_t row_bytes) {

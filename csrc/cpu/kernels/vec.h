@@ -36,7 +36,6 @@ PBM_INLINE IVec iload(const void* p) { return {_mm512_loadu_si512(p)}; }
 PBM_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 PBM_INLINE void istore(void* p, IVec a) { _mm512_storeu_si512(p, a.v); }
 PBM_INLINE Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_mask(n), p)}; }
-PBM_INLINE IVec iload_n(const void* p, int n) { return {_mm512_maskz_loadu_epi32(lanes_mask(n), p)}; }
 PBM_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes_mask(n), a.v); }
 PBM_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 PBM_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -117,10 +116,6 @@ PBM_INLINE void istore(void* p, IVec a) {
   __m256i* q = static_cast<__m256i*>(p);
   _mm256_storeu_si256(q, a.lo);
   _mm256_storeu_si256(q + 1, a.hi);
-}
-PBM_INLINE IVec iload_n(const void* p, int n) {
-  const int* q = static_cast<const int*>(p);
-  return {_mm256_maskload_epi32(q, tail_mask(n)), _mm256_maskload_epi32(q + 8, tail_mask(n - 8))};
 }
 PBM_INLINE Vec load_n(const float* p, int n) {
   return {_mm256_maskload_ps(p, tail_mask(n)), _mm256_maskload_ps(p + 8, tail_mask(n - 8))};
@@ -244,11 +239,6 @@ PBM_INLINE Vec load_n(const float* p, int n){PBM_MAP(Vec, i < n ? p[i] : 0.f)} P
 PBM_INLINE IVec iload(const void* p) {
   IVec r;
   std::memcpy(r.v, p, 64);
-  return r;
-}
-PBM_INLINE IVec iload_n(const void* p, int n) {
-  IVec r = izero();
-  std::memcpy(r.v, p, n * 4);
   return r;
 }
 PBM_INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, 64); }

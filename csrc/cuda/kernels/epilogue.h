@@ -1,16 +1,13 @@
-// From an exact int32 sum to an output value: y = act(x_scale·w_scale·(Σ q·w − zero_point·Σ w) + bias) + residual, in fp32.
+// From an exact int32 sum to an output value: y = act((Σ q·w − zero_point·Σ w)·w_scale·x_scale + bias) + residual, in fp32.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#include "common/types.h"
 #include "cuda/kernels/host_device.h"
 
 namespace pbm::cuda {
-
-// The integers of the op schemas.
-enum class Activation : int { none = 0, relu = 1, gelu_erf = 2, gelu_tanh = 3, silu = 4 };
-constexpr int kActivationCount = 5;
 
 PBM_HOST_DEVICE float activate(float x, Activation activation) {
   switch (activation) {
@@ -23,12 +20,13 @@ PBM_HOST_DEVICE float activate(float x, Activation activation) {
   return x;
 }
 
-// Exact: with K ≤ kMaxInt8Depth both terms and their difference fit in int32.
+// Exact: with K ≤ kMaxInt8K both terms and their difference fit in int32.
 PBM_HOST_DEVICE int32_t remove_zero_point(int32_t sum, int32_t zero_point, int32_t column_sum) {
   return sum - zero_point * column_sum;
 }
 
-// w_scale first: sum·w_scale is of the size of the weights, so no order of magnitude of x_scale overflows early.
+// One by one and w_scale first, as in csrc/cpu/kernels/epilogue.cpp: w_scale·x_scale may be subnormal and sum·x_scale
+// infinite where y is neither.
 PBM_HOST_DEVICE float dequantize(int32_t sum, float x_scale, float w_scale) {
   return static_cast<float>(sum) * w_scale * x_scale;
 }

@@ -18,7 +18,7 @@ struct Int8LinearTile {
   static constexpr int kMinBlocks = 512 / kThreads;  // per multiprocessor: leaves a thread 128 registers
   static constexpr int kRows = kWarpsM * kRowTiles * kMmaRows;
   static constexpr int kBlockPanels = kWarpsN * kPanels;
-  static constexpr int kColumns = kBlockPanels * kPanelColumns;
+  static constexpr int kColumns = kBlockPanels * kPanel;
 };
 
 // Stages fill the 48 KiB of static shared memory without halving the blocks per multiprocessor of the largest tile.
@@ -35,7 +35,7 @@ struct Int8LinearProblem {
 
 template <typename Tile>
 constexpr int64_t int8_linear_blocks(int64_t rows, int64_t columns) {
-  return divide_up(rows, Tile::kRows) * divide_up(columns, Tile::kColumns);
+  return ceil_div(rows, Tile::kRows) * ceil_div(columns, Tile::kColumns);
 }
 
 constexpr Int8LinearTileName choose_int8_linear(const Int8LinearProblem& p) {

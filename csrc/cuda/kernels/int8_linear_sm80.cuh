@@ -1,4 +1,4 @@
-// y = act(x_scale·w_scale·(Σ q·w − zero_point·Σ w) + bias) + residual on mma.m16n8k32: k-tiles of 64 through a ring of
+// y = act((Σ q·w − zero_point·Σ w)·w_scale·x_scale + bias) + residual on mma.m16n8k32: k-tiles of 64 through a ring of
 // shared-memory stages filled by cp.async, accumulators in registers, the epilogue on them.
 #pragma once
 
@@ -70,7 +70,7 @@ PBM_DEVICE void load_int8_k_tile(typename Int8LinearShared<Tile>::Stage& stage, 
     const int64_t panel = first_panel + tile_panel;
     const int group = k_tile * kTileGroups + tile_group;
     // Past the last group stand the column sums: never operands.
-    const bool valid = panel < int8_panels(p.columns) && group < p.groups;
+    const bool valid = panel < ceil_div(p.columns, kPanel) && group < p.groups;
     const int64_t offset = panel * int8_panel_bytes(p.groups) + group * kGroupBytes + byte;
     ptx::cp_async_16(stage.b + tile_panel * kBPanelBytes + b_shared_byte(tile_group, byte),
                      p.packed_weight + (valid ? offset : 0), valid);
@@ -202,10 +202,10 @@ template <typename T, typename Q, typename Tile>
 PBM_KERNEL void PBM_LAUNCH_BOUNDS(Tile::kThreads, Tile::kMinBlocks) int8_linear_sm80(const Int8LinearParams<T> p) {
   constexpr int kStages = Tile::kStages;
   auto& shared = shared_storage<Int8LinearShared<Tile>>();
-  const int64_t row_blocks = divide_up(p.rows, Tile::kRows);
+  const int64_t row_blocks = ceil_div(p.rows, Tile::kRows);
   const int64_t first_row = block_index() % row_blocks * Tile::kRows;
   const int64_t first_panel = block_index() / row_blocks * Tile::kBlockPanels;
-  const int k_tiles = static_cast<int>(divide_up(p.groups, kTileGroups));
+  const int k_tiles = static_cast<int>(ceil_div(p.groups, kTileGroups));
   const int warp_m = warp_index() / Tile::kWarpsN, warp_n = warp_index() % Tile::kWarpsN;
 
   Int8Accumulators accumulators[Tile::kTiles] = {};
@@ -233,7 +233,7 @@ PBM_KERNEL void PBM_LAUNCH_BOUNDS(Tile::kThreads, Tile::kMinBlocks) int8_linear_
   for (int i = 0; i < Tile::kTiles; i++) {
     const int tile = warp_m * Tile::kRowTiles + i / Tile::kPanels;
     const int64_t panel = first_panel + warp_n * Tile::kPanels + i % Tile::kPanels;
-    finish_int8_tile<Q>(p, first_row + tile * kMmaRows, panel * kPanelColumns, accumulators[0]);
+    finish_int8_tile<Q>(p, first_row + tile * kMmaRows, panel * kPanel, accumulators[0]);
     PBM_UNROLL
     for (int next = 1; next < Tile::kTiles; next++) accumulators[next - 1] = accumulators[next];
   }

@@ -16,18 +16,18 @@ struct PackInt8LinearWeightParams {
 };
 
 constexpr int kPackThreads = 256;
-constexpr int kPackStrands = kPackThreads / kPanelColumns;  // groups in work at once
+constexpr int kPackStrands = kPackThreads / kPanel;  // groups in work at once
 
 struct PackExchange {
-  int32_t sums[kPackStrands][kPanelColumns];
+  int32_t sums[kPackStrands][kPanel];
 };
 
 PBM_KERNEL void PBM_LAUNCH_BOUNDS(kPackThreads) pack_int8_linear_weight_sm80(const PackInt8LinearWeightParams p) {
   auto& exchange = shared_storage<PackExchange>();
-  const int64_t groups = int8_groups(p.depth);
-  const int lane_column = thread_index() % kPanelColumns;
-  const int strand = thread_index() / kPanelColumns;
-  const int64_t column = block_index() * kPanelColumns + lane_column;
+  const int64_t groups = panel_groups(p.depth, Flavour::u8s8);
+  const int lane_column = thread_index() % kPanel;
+  const int strand = thread_index() / kPanel;
+  const int64_t column = block_index() * kPanel + lane_column;
 
   int32_t sum = 0;
   for (int64_t group = strand; group < groups; group += kPackStrands) {

@@ -8,29 +8,21 @@
 
 #include <cstdint>
 
-#include "cuda/kernels/host_device.h"
+#include "common/types.h"
 
 namespace pbm::cuda {
 
-constexpr int kPanelColumns = 16;
-constexpr int kGroupDepth = 4;                            // k values of one column in a group
-constexpr int kGroupBytes = kPanelColumns * kGroupDepth;  // 64
+constexpr int kGroupDepth = k_per_lane(Flavour::u8s8);  // k values of one column in a group
 
-// |Σ q·w| ≤ 255·128·K < 2³¹: the largest K whose int32 accumulators cannot overflow, with u8 activations.
-constexpr int64_t kMaxInt8Depth = 65793;
-
-constexpr PBM_HOST_DEVICE int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-constexpr PBM_HOST_DEVICE int64_t int8_panels(int64_t columns) { return divide_up(columns, kPanelColumns); }
-constexpr PBM_HOST_DEVICE int64_t int8_groups(int64_t depth) { return divide_up(depth, kGroupDepth); }
-constexpr PBM_HOST_DEVICE int64_t int8_panel_bytes(int64_t groups) { return (groups + 1) * kGroupBytes; }
+constexpr int64_t int8_panel_bytes(int64_t groups) { return (groups + 1) * kGroupBytes; }
 
 // The byte of weight (column, k).
-constexpr PBM_HOST_DEVICE int64_t int8_weight_offset(int64_t groups, int64_t column, int64_t k) {
-  return column / kPanelColumns * int8_panel_bytes(groups) + k / kGroupDepth * kGroupBytes +
-         column % kPanelColumns * kGroupDepth + k % kGroupDepth;
+constexpr int64_t int8_weight_offset(int64_t groups, int64_t column, int64_t k) {
+  return column / kPanel * int8_panel_bytes(groups) + k / kGroupDepth * kGroupBytes + column % kPanel * kGroupDepth +
+         k % kGroupDepth;
 }
 // The first byte of the int32 sum of a column.
-constexpr PBM_HOST_DEVICE int64_t int8_column_sum_offset(int64_t groups, int64_t column) {
+constexpr int64_t int8_column_sum_offset(int64_t groups, int64_t column) {
   return int8_weight_offset(groups, column, groups * kGroupDepth);
 }
 
@@ -40,28 +32,26 @@ constexpr int kMmaDepth = 32;
 constexpr int kMmasPerPanel = 2;  // 8 columns each
 
 // ldmatrix.x4 fills A's registers in order when matrix q is rows 8·(q % 2)… and bytes 16·(q / 2)… of the 16×32 tile.
-constexpr PBM_HOST_DEVICE int a_tile_row(int lane) { return lane % 8 + lane / 8 % 2 * 8; }
-constexpr PBM_HOST_DEVICE int a_tile_byte(int lane) { return lane / 16 * 16; }
+constexpr int a_tile_row(int lane) { return lane % 8 + lane / 8 % 2 * 8; }
+constexpr int a_tile_byte(int lane) { return lane / 16 * 16; }
 
 // Which column of B stands where in an mma is free as long as the accumulators are read the same way. Column g of mma j
 // is column 2g + j of the panel: a lane then reads both mmas' B registers as 8 consecutive bytes, and its accumulators
 // of one row are 4 consecutive columns.
-constexpr PBM_HOST_DEVICE int b_group(int lane, int half) { return half * 4 + lane % 4; }
-constexpr PBM_HOST_DEVICE int b_byte(int lane) { return lane / 4 * 2 * kGroupDepth; }
+constexpr int b_group(int lane, int half) { return half * 4 + lane % 4; }
+constexpr int b_byte(int lane) { return lane / 4 * 2 * kGroupDepth; }
 
 constexpr int kColumnsPerLane = 4;
-constexpr PBM_HOST_DEVICE int accumulator_row(int lane, int half) { return half * 8 + lane / 4; }
-constexpr PBM_HOST_DEVICE int accumulator_first_column(int lane) { return lane % 4 * kColumnsPerLane; }
+constexpr int accumulator_row(int lane, int half) { return half * 8 + lane / 4; }
+constexpr int accumulator_first_column(int lane) { return lane % 4 * kColumnsPerLane; }
 // Column c of the lane's four, in row half h: mma j and its register.
-constexpr PBM_HOST_DEVICE int accumulator_mma(int c) { return c % 2; }
-constexpr PBM_HOST_DEVICE int accumulator_register(int c, int half) { return half * 2 + c / 2; }
+constexpr int accumulator_mma(int c) { return c % 2; }
+constexpr int accumulator_register(int c, int half) { return half * 2 + c / 2; }
 
 // --- shared-memory tiles ----------------------------------------------------------------------------------------------
 // B: groups as they come, but the 32-byte halves of every other pair of groups exchanged. Lanes 0–15 read 8 bytes each
 // (g = 0…3, t = 0…3), groups t at 64·t: without the exchange t = 0, 2 and t = 1, 3 share their banks.
-constexpr PBM_HOST_DEVICE int b_shared_byte(int group, int byte) {
-  return group * kGroupBytes + (byte ^ (group / 2 % 2 * 32));
-}
+constexpr int b_shared_byte(int group, int byte) { return group * kGroupBytes + (byte ^ (group / 2 % 2 * 32)); }
 
 // A: 64 bytes of k per row, rows 80 bytes apart: the 8 rows that one ldmatrix phase reads start at 16-byte slots
 // 0, 5, 2, 7, 4, 1, 6, 3 of the 128-byte bank line, so none conflict.

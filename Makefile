@@ -92,6 +92,7 @@ wheel: $(STAMPS)/wheel
 	@cat $<
 
 $(STAMPS)/wheel: $(SOURCES) $(STAMPS)/group-build $(STAMPS)/build.spec
+	@echo 'Compiling the kernels (some minutes; nothing more is printed until it is done)'
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	$(BIN)/python tools/repair_wheel.py build/wheel/*.whl dist > $@.new

@@ -12,10 +12,11 @@ from typing import cast
 import peers
 import torch
 from peers import Contender, Unavailable
-from record import Row, SystemLoad, commit, cpu_model
+from record import Row, commit, cpu_model
 from shapes import Problem
 
 from pybigmodel import _native
+from pybigmodel._console import OtherLoad
 from pybigmodel.testing import force_isa, roofline
 from pybigmodel.testing.timers import Timing, interleave
 
@@ -93,14 +94,14 @@ class Group:
             return
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         precisions = {c.precision or problem.precision for c in contenders.values()}
-        probe, load = Probe(problem, sorted(precisions)), SystemLoad()
+        probe, load = Probe(problem, sorted(precisions)), OtherLoad()
         timings = interleave(
             {name: contender.calls for name, contender in contenders.items()},
             rounds=effort.rounds,
             seconds=effort.seconds,
             between=probe,
         )
-        others = load.others()
+        others = load.cores()
         for name, timing in timings.items():
             # Other threads' time is accounted in ticks of up to 4 ms, at both ends of a turn.
             allowed = (problem.threads + 0.1) * timing.wall_seconds + 0.008 * effort.rounds
@@ -109,7 +110,7 @@ class Group:
                     f"{problem} {name}: {timing.cpu_over_wall:.2f} cores busy for "
                     f"{problem.threads} threads: someone else's workers were spinning"
                 )
-        if others > 0.1:
+        if others > OtherLoad.ENOUGH_TO_MATTER:
             self.suspect.append(f"{problem}: other processes used {others:.2f} cores meanwhile")
         for name, timing in timings.items():
             row = _row(problem, name, contenders[name], timing, probe, date, others)

@@ -6,7 +6,6 @@ import csv
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -86,24 +85,6 @@ def commit() -> str:
         check=True,
     )
     return described.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
-
-
-class SystemLoad:
-    """Cores busy with other processes since the object was made."""
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        # user nice system idle iowait irq softirq steal, in ticks, of all cores together
-        ticks = [float(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-        return busy, time.process_time(), time.perf_counter()
-
-    def others(self) -> float:
-        busy, own, wall = (b - a for a, b in zip(self._start, self._now(), strict=True))
-        return max(0.0, busy - own) / wall
 
 
 def _text(key: str, value: object) -> str:

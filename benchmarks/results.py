@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -86,6 +87,18 @@ def load(folder: Path = RESULTS, cpu: str | None = None) -> list[Result]:
         )
         result.rows[row["provider"]] = row
     return list(found.values())
+
+
+def from_command_line(usage: str | None) -> tuple[list[Result], int]:
+    """The results that `--results` and `--threads` choose, and that number of threads."""
+    parser = argparse.ArgumentParser(description=(usage or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    results = [r for r in load(options.results) if r.threads == options.threads]
+    if not results:
+        parser.error(f"no rows for {options.threads} threads in {options.results}")
+    return results, options.threads
 
 
 def geometric_mean(values: Iterable[float]) -> float:

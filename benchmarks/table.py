@@ -5,12 +5,10 @@ Usage: python benchmarks/table.py [--results FOLDER] [--threads 2]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from record import RESULTS
-from results import DYNAMIC_PEERS, OURS, Result, geometric_mean, load
+from results import DYNAMIC_PEERS, OURS, Result, from_command_line, geometric_mean
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 REPOSITORY = Path(__file__).parent.parent
@@ -123,12 +121,13 @@ def _by_shape(results: list[Result]) -> list[str]:
 
 def _origin(results: list[Result], threads: int) -> str:
     rows = [row for r in results for row in r.rows.values()]
-    versions = sorted({row["provider_version"] for row in rows} - {""})
+    versions = {row["provider_version"] for row in rows} - {""}
+    peers = ", ".join(sorted(v for v in versions if not v.startswith(OURS)))  # ours: see commit
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     days = sorted({row["date"][:10] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return (
-        f"{threads} threads of {rows[0]['cpu']}, {when}, commit {commits}; {', '.join(versions)}. "
+        f"{threads} threads of {rows[0]['cpu']}, {when}, commit {commits}; {peers}. "
         "Geometric means over the shapes; all providers of a row interleaved in one process."
     )
 
@@ -144,14 +143,8 @@ def _rewrite(path: Path, lines: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    results = [r for r in load(options.results) if r.threads == options.threads]
-    if not results:
-        parser.error(f"no rows for {options.threads} threads in {options.results}")
-    origin = _origin(results, options.threads)
+    results, threads = from_command_line(__doc__)
+    origin = _origin(results, threads)
     sections: list[Callable[[list[Result]], list[str]]] = [_minilm, _products]
     summary = [line for section in sections for line in ["", *section(results)]]
     _rewrite(REPOSITORY / "README.md", [*summary, "", origin, ""])

@@ -5,20 +5,19 @@ Usage: python benchmarks/targets.py [--results FOLDER] [--threads 2]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from record import RESULTS
 from results import (
     DYNAMIC_PEERS,
     OURS,
     PER_TENSOR_PEERS,
     Result,
+    from_command_line,
     geometric_mean,
-    load,
 )
+
+from pybigmodel._console import OtherLoad
 
 PREPACKED = ("onednn_prepacked", "onnxruntime", "openvino")
 Value = Callable[[Result], float | None]
@@ -172,23 +171,18 @@ def _line(target: Target, results: list[Result]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    results = [r for r in load(options.results) if r.threads == options.threads]
-    if not results:
-        parser.error(f"no rows for {options.threads} threads in {options.results}")
+    results, _ = from_command_line(__doc__)
     print("| work | target | geometric mean | worst | where | verdict |")
     print("|---|---|---|---|---|---|")
     for target in [*_linear(), *_int8(), *_rest()]:
         print(_line(target, results))
     rows = [row for r in results for row in r.rows.values()]
-    busy = {row["group"] for row in rows if float(row["other_load"]) > 0.1}
+    enough = OtherLoad.ENOUGH_TO_MATTER
+    busy = {row["group"] for row in rows if float(row["other_load"]) > enough}
     print(f"\n{len(rows)} rows in {len(results)} groups; commits: ", end="")
     print(", ".join(sorted({row["commit"] for row in rows})))
     if busy:
-        print(f"{len(busy)} groups were measured while other processes used over 0.1 cores.")
+        print(f"{len(busy)} groups were measured while other processes used over {enough} cores.")
 
 
 if __name__ == "__main__":

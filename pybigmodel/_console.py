@@ -1,10 +1,10 @@
-"""What the commands share: plain text tables, which survive pipes and logs, and their error."""
+"""What commands and reports share: tables in plain text, other load on the machine."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 
@@ -12,14 +12,16 @@ class CommandError(Exception):
     """What the user can mend; printed as one line, without a traceback."""
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart; the first is text, the others are figures and right-aligned."""
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[int] = (0,)
+) -> str:
+    """Columns two spaces apart; those in `text` are words, the others figures and right-aligned."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in text else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -58,4 +60,4 @@ def load_note(cores: float) -> str:
     """A line of warning, or nothing."""
     if cores <= OtherLoad.ENOUGH_TO_MATTER:
         return ""
-    return f"\nOther processes kept {cores:.1f} cores busy meanwhile: these figures are too low."
+    return f"\nOther processes kept {cores:.1f} cores busy meanwhile: do not rely on these figures."

@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 import pybigmodel as pbm
 from pybigmodel._console import CommandError, OtherLoad, load_note, table
-from pybigmodel.testing.timers import wait_until_idle
+from pybigmodel.testing.timers import settle
 
 PRECISIONS = ("fp32", "bf16", "int8")
 EAGER = "torch fp32"
@@ -148,7 +148,7 @@ def time_in_turns(
         for i in range(len(names)):
             name = names[(i + r) % len(names)]
             step(f"timing {name}")
-            wait_until_idle()
+            settle(require_idle=False)
             start = time.perf_counter()
             embed(models[name], batches)
             seconds[name].append(time.perf_counter() - start)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pybigmodel import _native
+from pybigmodel._console import OtherLoad
 from pybigmodel.testing.timers import interleave
 
 # Several shapes of one layer are timed (a decoder's prefill and steps, say), but not every length.
 MAX_SHAPES = 3
+ROUNDS, MORE_ROUNDS = 5, 12  # MORE where the first leave doubt
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Trial:
     error: float = 0.0
     cosine: float = 1.0
     failure: str | None = None
+    compared: bool | None = None  # whether an output said something; None: not called
+    other_load: float | None = None  # cores that other processes used during the run
     shapes: set[tuple[object, ...]] = field(default_factory=set)
     seconds: tuple[float, float] = (0.0, 0.0)  # of original and candidate, summed over shapes
 
@@ -44,6 +49,7 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
     # Layers of one kind on inputs of one shape take the same time: they are timed once.
     known: dict[tuple[object, ...], tuple[float, float]] = {}
     hooks = []
+    load = OtherLoad()
     try:
         for trial in trials.values():
             hooks.append(_try_when_called(trial, known))
@@ -52,6 +58,11 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
     finally:
         for hook in hooks:
             hook.remove()
+    cores = load.cores()
+    for trial in trials.values():
+        trial.other_load = cores
+        if trial.compared is False and trial.failure is None:
+            trial.failure = "nothing finite and non-zero to compare on example_inputs"
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -88,7 +99,7 @@ def _try_when_called(
         x = args[0] if args else kwargs["input"]
         if trial.failure is None:
             _compare(trial, x)
-        if trial.failure is None:
+        if trial.failure is None and trial.compared:
             _time(trial, x, known)
 
     return trial.original.register_forward_hook(hook, with_kwargs=True)
@@ -101,10 +112,17 @@ def _compare(trial: Trial, x: Tensor) -> None:
     except (RuntimeError, NotImplementedError) as problem:
         trial.failure = f"the replacement fails on example_inputs: {problem}"
         return
-    if got.device.type == "cpu":
+    if got.device.type == "cpu" and got.numel():  # else no kernel ran
         trial.kernel = _native.last_kernel()
+    trial.compared = bool(trial.compared) or _says_something(got, expected)
     error, cosine = difference(got, expected)
     trial.error, trial.cosine = max(trial.error, error), min(trial.cosine, cosine)
+
+
+def _says_something(got: Tensor, expected: Tensor) -> bool:
+    """Whether agreement of the two is more than both being empty, zero or not finite."""
+    nonzero = (got != 0) | (expected != 0)
+    return bool((nonzero & (got.isfinite() | expected.isfinite())).any())
 
 
 def difference(got: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -130,27 +148,50 @@ def _time(trial: Trial, x: Tensor, known: dict[tuple[object, ...], tuple[float, 
     trial.shapes.add(shape)
     key = (str(trial.original), str(trial.candidate), shape)
     if key not in known:
-        try:
-            known[key] = time_pair(trial.original, trial.candidate, x)
-        except TimeoutError as error:
-            trial.failure = f"could not be timed: {error}"
-            return
+        known[key] = time_pair(trial.original, trial.candidate, x)
     seconds = known[key]
     trial.seconds = trial.seconds[0] + seconds[0], trial.seconds[1] + seconds[1]
 
 
 def time_pair(original: nn.Module, candidate: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Seconds per call of both, taking turns; about 0.15 s.
+    """Seconds per call of both, in the ratio that is the median over rounds.
 
-    The lower quartile, not the median: other work on the machine only ever adds time, and a layer
-    that meets it in one of its few turns must not be decided on that.
+    Each round times one after the other, so that what slows both for longer than a round leaves its
+    ratio alone, and what slows one spoils that round only. On a quiet machine it takes 0.2 s, or
+    0.6 s where that leaves doubt.
     """
+    load = OtherLoad()
+    originals, candidates = _rounds(original, candidate, x, ROUNDS)
+    if load.cores() > OtherLoad.ENOUGH_TO_MATTER or _in_doubt(originals, candidates):
+        more = _rounds(original, candidate, x, MORE_ROUNDS)
+        originals, candidates = originals + more[0], candidates + more[1]
+    seconds = statistics.median(candidates)
+    return seconds * statistics.median(_ratios(originals, candidates)), seconds
+
+
+def _rounds(
+    original: nn.Module, candidate: nn.Module, x: Tensor, count: int
+) -> tuple[list[float], list[float]]:
+    """Seconds per call of both, by round."""
     timings = interleave(
         {
             "original": [lambda: original.forward(x)],
             "candidate": [lambda: candidate.forward(x)],
         },
-        rounds=4,
+        rounds=count,
         seconds=0.01,
+        require_idle=False,
     )
-    return timings["original"].percentile(25), timings["candidate"].percentile(25)
+    return timings["original"].turn_medians, timings["candidate"].turn_medians
+
+
+def _ratios(originals: Sequence[float], candidates: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(originals, candidates, strict=True)]
+
+
+def _in_doubt(originals: Sequence[float], candidates: Sequence[float]) -> bool:
+    """The ratio is near 1, or the middle half of the rounds spans more than a tenth of it."""
+    low, median, high = statistics.quantiles(
+        _ratios(originals, candidates), n=4, method="inclusive"
+    )
+    return 0.9 < median < 1.1 or high - low > 0.1 * median

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from pybigmodel._console import load_note, table
+
+log = logging.getLogger("pybigmodel")
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,14 @@ class Row:
     bytes_before: int = 0  # of the weight
     bytes_after: int = 0  # with its packed copy, its scales and what is kept for `restore`
     left: str | None = None
+    other_load: float | None = None  # cores that other processes used while it was timed
 
 
 _COLUMNS = (
     *("path", "layer", "replaced by", "kernel"),
     *("precision", "speed-up", "error", "left as is"),
 )
+_FIGURES = ("speed-up", "error")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,12 @@ class Report:
     """
 
     rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
 
     @property
     def replaced(self) -> tuple[Row, ...]:
@@ -66,13 +79,16 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        table = [_COLUMNS, *map(_cells, self.rows)]
-        used = [at for at in range(len(_COLUMNS)) if any(row[at] for row in table[1:])]
-        widths = {at: max(len(row[at]) for row in table) for at in used}
-        lines = ["  ".join(row[at].ljust(widths[at]) for at in used).rstrip() for row in table]
-        if self.rows:
-            lines.insert(1, "  ".join("-" * widths[at] for at in used))
-        return "\n".join([*lines, "", self._summary()] if self.rows else [self._summary()])
+        if not self.rows:
+            return self._summary()
+        rows = [_cells(row) for row in self.rows]
+        used = [at for at in range(len(_COLUMNS)) if any(row[at] for row in rows)]
+        shown = table(
+            [_COLUMNS[at] for at in used],
+            [[row[at] for at in used] for row in rows],
+            text=[i for i, at in enumerate(used) if _COLUMNS[at] not in _FIGURES],
+        )
+        return f"{shown}\n\n{self._summary()}"
 
     def _repr_html_(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:
@@ -84,10 +100,20 @@ class Report:
     def _summary(self) -> str:
         before = sum(row.bytes_before for row in self.rows) / 1e6
         after = sum(row.bytes_after for row in self.rows) / 1e6
+        busy = max((row.other_load or 0.0 for row in self.rows), default=0.0)
         return (
-            f"{len(self.replaced)} of {len(self.rows)} linear layers replaced; their weights take "
-            f"{after:.1f} MB with packed copies and kept originals, {before:.1f} MB before"
+            f"{len(self.replaced)} of {len(self.rows)} linear layers replaced; weights of "
+            f"{after:.1f} MB in all the forms held, {before:.1f} MB before{load_note(busy)}"
         )
+
+
+def log_rows(rows: Sequence[Row]) -> None:
+    """What `optimize` did, to the logger `pybigmodel`: a line for each layer."""
+    for row in rows:
+        said = [f"{row.path or '(the model)'}, {row.layer}: {row.replaced_by or 'left as is'}"]
+        said += [] if row.speedup is None else [f"{row.speedup:.2f}×"]
+        said += [] if row.left is None else [row.left]
+        log.info("optimize: %s", ", ".join(said))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

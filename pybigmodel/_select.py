@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from pybigmodel._torch_private import has_kernel
 from pybigmodel.nn import Int8Linear, Linear
 from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K
 
@@ -32,6 +33,7 @@ class Candidate:
     path: str
     module: nn.Module
     left: str | None
+    selected: bool = True  # by include and exclude
 
 
 def candidates(
@@ -49,11 +51,12 @@ def candidates(
     found = []
     for module, known_as in names.items():
         left = _why_left(module, known_as, modules, precision, weights)
-        if left is None and include is not None and not included.match(known_as):
-            left = "not in include"
-        if left is None and excluded.match(known_as):
-            left = "in exclude"
-        found.append(Candidate(known_as[0], module, left))
+        unselected = None
+        if include is not None and not included.match(known_as):
+            unselected = "not in include"
+        elif excluded.match(known_as):
+            unselected = "in exclude"
+        found.append(Candidate(known_as[0], module, left or unselected, unselected is None))
     return found
 
 
@@ -133,7 +136,6 @@ def _feeds_fast_path(name: str, modules: Mapping[str, nn.Module]) -> bool:
 def _missing_op(device: str, precision: str) -> str | None:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     for op in _OPS[precision]:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         if key is None or not has_kernel(f"pybigmodel::{op}", key):
             return op
     return None
@@ -147,7 +149,7 @@ class _Selector:
     ) -> None:
         if selection is None:
             selection = ()
-        elif isinstance(selection, str | type):
+        elif isinstance(selection, str | type) or not isinstance(selection, Sequence):
             selection = (selection,)
         self._modules = modules
         self._selectors = tuple(selection)

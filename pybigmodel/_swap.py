@@ -8,7 +8,7 @@ classes in the same way.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pybigmodel.nn import Int8Linear, Linear
 
@@ -22,22 +22,31 @@ ORIGINAL = "_original"
 def become(module: nn.Linear, new: Linear | Int8Linear, keep_original: bool) -> None:
     """Turn `module`, a torch.nn.Linear, into what `new` is."""
     original = _shell(module)
-    if isinstance(new, Int8Linear) and not keep_original:
-        # Empty: the device and the dtype that the weight has once it is dequantised.
-        weight = original.weight
-        original.weight = nn.Parameter(weight.detach().new_empty(0), weight.requires_grad)
     state = {name: value for name, value in vars(new).items() if name not in _KEPT}
     vars(module).update(state)
     vars(module)[ORIGINAL] = original if isinstance(new, Int8Linear) else None
     module.__class__ = type(new)  # type: ignore[assignment]
+    if isinstance(module, Int8Linear) and not keep_original:
+        module._free_original()
 
 
 def is_swapped(module: nn.Module) -> bool:
     return ORIGINAL in vars(module)
 
 
+def why_not_reverted(module: nn.Module) -> str | None:
+    """Why `revert` cannot be: the class was changed since, as parametrizations do."""
+    kind = type(module)
+    if kind in (Linear, Int8Linear):
+        return None
+    return (
+        f"it became a {kind.__module__}.{kind.__qualname__} since; remove its parametrizations "
+        "first (torch.nn.utils.parametrize.remove_parametrizations)"
+    )
+
+
 def revert(module: nn.Module) -> None:
-    """Turn a swapped module into the torch.nn.Linear again that it was.
+    """Turn a swapped module into the torch.nn.Linear again that it was, with the bias it has now.
 
     Where the float weight was not kept, it is the one that the int8 layer computes with.
     """
@@ -47,11 +56,21 @@ def revert(module: nn.Module) -> None:
         original = vars(module)[ORIGINAL]
         if original is None or original.weight.numel() == 0:
             original = _dequantized(module, original)
+        _update_bias(original, module.bias)
         for name in _TENSORS:
             vars(module)[name] = vars(original)[name]
     for name in ("_packed", "_precision", "weight_only", "symmetric", ORIGINAL):
         vars(module).pop(name, None)
     module.__class__ = nn.Linear
+
+
+def _update_bias(linear: nn.Linear, bias: Tensor | None) -> None:
+    """The int8 layer's may have been edited, or loaded."""
+    if bias is None or linear.bias is None:
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    else:
+        with torch.inference_mode(linear.bias.is_inference()), torch.no_grad():
+            linear.bias.copy_(bias)
 
 
 def _dequantized(module: Int8Linear, empty: nn.Linear | None) -> nn.Linear:
@@ -62,7 +81,7 @@ def _dequantized(module: Int8Linear, empty: nn.Linear | None) -> nn.Linear:
         linear._parameters.update(empty._parameters)
     else:  # from a pickle
         dtype, trained = torch.float32 if bias is None else bias.dtype, True
-        linear._parameters["bias"] = None if bias is None else nn.Parameter(bias)
+        linear.register_parameter("bias", None)
     linear.weight = nn.Parameter(module.dequantized_weight().to(dtype), trained)
     return linear
 

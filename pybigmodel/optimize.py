@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from pybigmodel._measure import Trial, run_trials, split_inputs
-from pybigmodel._report import Report, Row
+from pybigmodel._report import Report, Row, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
-from pybigmodel._swap import become, is_swapped, revert, weight_bytes
+from pybigmodel._swap import become, is_swapped, revert, weight_bytes, why_not_reverted
 from pybigmodel.nn import Int8Linear, Linear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,8 +66,10 @@ def optimize(
             nothing.
     """
     _check_model("optimize", model)
+    names = ", ".join(map(repr, MAX_ERROR))
+    if not isinstance(precision, str):
+        raise TypeError(f"precision must be a string, one of {names}; got {precision!r}")
     if precision not in MAX_ERROR:
-        names = ", ".join(map(repr, MAX_ERROR))
         raise ValueError(f"precision must be one of {names}; got {precision!r}")
     if example_inputs is not None:
         split_inputs(example_inputs)
@@ -87,9 +90,10 @@ def optimize(
         path, trial = candidate.path, trials.get(candidate.path)
         left = candidate.left or refused.get(path)
         if left is not None and path in before and before[path].replaced_by is not None:
-            rows.append(before[path])  # replaced by an earlier call
+            rows.append(_kept(before[path], candidate, precision))
         else:
             rows.append(_finish(candidate, trial, left, precision, keep_original))
+    log_rows(rows)
     vars(model)[_REPORT] = Report(tuple(rows))
     return model
 
@@ -111,13 +115,21 @@ def restore(model: Model) -> Model:
     """The same model with torch's layers again, in place, with the weights as they are now.
 
     "fp32" and "bf16" layers give back the Parameters they have (trained, if they were). "int8"
-    layers give back the float weights they were made from, or, where these were not kept or the
-    model was pickled since, the weights that int8 computed with.
+    layers give back the float weights they were made from, or, where these were not kept, or the
+    model was pickled or loaded a state_dict since, the weights that int8 computed with.
+
+    Raises:
+        RuntimeError: a layer was parametrized since; nothing is restored then.
     """
     _check_model("restore", model)
-    for module in list(model.modules()):
-        if is_swapped(module):
-            revert(module)
+    swapped = {path: module for path, module in model.named_modules() if is_swapped(module)}
+    for path, module in swapped.items():
+        reason = why_not_reverted(module)
+        if reason is not None:
+            raise RuntimeError(f"restore: {path or 'the model'} cannot be put back: {reason}")
+    for module in swapped.values():
+        revert(module)
+    for module in model.modules():
         vars(module).pop(_REPORT, None)
     return model
 
@@ -190,6 +202,21 @@ def _why_rejected(trial: Trial, precision: str) -> str | None:
     return None
 
 
+def _kept(row: Row, candidate: Candidate, precision: str) -> Row:
+    """The row of a layer that an earlier call replaced; why it is not for this precision, if so."""
+    left = None
+    if candidate.selected and row.precision != _products(candidate.module, precision):
+        left = f"in {row.precision} since an earlier call; pbm.restore it to have {precision}"
+    return replace(row, left=left)
+
+
+def _products(module: nn.Module, precision: str) -> str:
+    """What the products are computed in: bf16 weights always take bf16's."""
+    weight = module._parameters.get("weight")
+    bf16 = weight is not None and weight.dtype == torch.bfloat16
+    return "bf16" if bf16 and precision == "fp32" else precision
+
+
 def _finish(
     candidate: Candidate, trial: Trial | None, left: str | None, precision: str, keep: bool
 ) -> Row:
@@ -200,8 +227,7 @@ def _finish(
     if weight is not None and not isinstance(weight, nn.UninitializedParameter):
         before = weight.numel() * weight.element_size()
     layer = _describe(module)
-    if precision == "fp32" and weight is not None and weight.dtype == torch.bfloat16:
-        precision = "bf16"
+    precision = _products(module, precision)
     measured: dict[str, Any] = {}
     if trial is not None and trial.shapes:
         measured = {
@@ -209,6 +235,7 @@ def _finish(
             "speedup": trial.speedup,
             "error": trial.error,
             "cosine": trial.cosine,
+            "other_load": trial.other_load,
         }
     replaced_by, after = None, before
     if left is None:

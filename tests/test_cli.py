@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from pybigmodel import _demo, _doctor, _native
+from pybigmodel import _bench, _demo, _doctor, _native
+from pybigmodel.testing import timers
 
 
 def pybigmodel(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -81,6 +85,43 @@ def test_unknown_command_is_refused(tmp_path: Path) -> None:
     done = pybigmodel("sing", cwd=tmp_path)
     assert done.returncode == 2
     assert "sing" in done.stderr
+
+
+def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
+    for number in ("abc", "0", "-3", "1.5"):
+        done = pybigmodel("demo", f"--sentences={number}", cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"expected a whole number of at least 1, got '{number}'" in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["PYBIGMODEL_ISA", "PYBIGMODEL_LOG"])
+@pytest.mark.parametrize("form", ["module", "script"])
+def test_a_bad_variable_is_one_clear_line(variable: str, form: str, tmp_path: Path) -> None:
+    script = tmp_path / "pybigmodel"  # as pip writes it
+    script.write_text("import sys; from pybigmodel.cli import main; sys.exit(main())")
+    done = subprocess.run(
+        [sys.executable, *(["-m", "pybigmodel"] if form == "module" else [script]), "doctor"],
+        env=os.environ | {variable: "foo"},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{variable}=foo: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_process_that_never_rests_is_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(**_: float) -> float:
+        raise TimeoutError
+
+    monkeypatch.setattr(timers, "wait_until_idle", never)
+    batches = [(torch.ones(1, 1), torch.ones(1, 1))]
+    assert _demo.time_in_turns({"a": nn.Bilinear(1, 1, 1)}, batches, 1, str)["a"] > 0
+    _bench.run(quick=True)
+    _doctor.collect(seconds=0.001)
 
 
 @pytest.mark.skipif(

@@ -31,8 +31,12 @@ fi
 if ! "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'; then
   need "Python $version has no headers (Python.h); install them: apt-get install python$version-dev"
 fi
-if ! command -v "${CXX:-g++}" >/dev/null; then
-  need "no C++ compiler '${CXX:-g++}'; install one (apt-get install g++), or name it: CXX=clang++ make ..."
+cxx=${CXX:-g++}
+if ! command -v "$cxx" >/dev/null; then
+  need "no C++ compiler '$cxx'; install one (apt-get install g++), or name it: CXX=clang++ make ..."
+elif ! printf '#if defined __GNUC__ && !defined __clang__ && __GNUC__ < 11\n#error\n#endif\n' |
+  "$cxx" -x c++ -E - >/dev/null 2>&1; then
+  need "$cxx is older than g++ 11, or does not work; name another: CXX=g++-11 make ..."
 fi
 if [ "$gpu" = yes ]; then
   command -v "${CUDACXX:-nvcc}" >/dev/null || need "no CUDA compiler '${CUDACXX:-nvcc}'; put nvcc on PATH or set CUDACXX"

@@ -89,5 +89,5 @@ def version(name: str) -> str:
     distribution = name.split("_")[0].replace("onednn", "torch")  # torch's copy of oneDNN
     try:
         return f"{distribution} {metadata.version(distribution)}"
-    except metadata.PackageNotFoundError:  # a source tree on the path, not installed
-        return f"{distribution} (not installed; see commit)"
+    except metadata.PackageNotFoundError:  # our source tree on the path; the row has its commit
+        return f"{distribution} {import_module(distribution).__version__}"

@@ -16,8 +16,8 @@ from peers.torch_eager import DTYPES
 MAX_COMPILED_COPIES = 2
 
 
-def freeze(module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The compiled and frozen module bound to `x`, compiled for this thread count and shape."""
+def freeze(module: nn.Module, *inputs: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The module bound to `inputs`, frozen and compiled for this thread count and shape."""
     import torch._dynamo
     import torch._inductor.config as inductor
 
@@ -26,9 +26,9 @@ def freeze(module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         warnings.simplefilter("ignore")
         with inductor.patch(freezing=True):
             compiled = torch.compile(module, dynamic=False)
-            compiled(x)
-            compiled(x)
-    return lambda: compiled(x)
+            compiled(*inputs)
+            compiled(*inputs)
+    return lambda: compiled(*inputs)
 
 
 def linear_module(problem: Problem, dtype: torch.dtype) -> nn.Linear:

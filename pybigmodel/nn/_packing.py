@@ -1,19 +1,22 @@
 """Packed copies of weights that may change: used only while the weight is what it was.
 
-A copy belongs to one Parameter object, and four things say that it is current:
+A copy belongs to one Parameter object and to the memory it was made from, and these say that it is
+current:
 
 - the Parameter's version counter, which every op of torch moves that writes in place, except the
   fused optimizers (torch 2.13: `_fused_adam_` and its like) and writes through `.data`;
-- the end of an optimizer's step, for the former (a hook on every torch.optim.Optimizer);
-- the address of its data: `.data = ...`, conversions. The copy keeps the storage it was made from
-  alive, so that no other weight can appear at the same address;
+- no optimizer has made a step since (a hook on every torch.optim.Optimizer drops all copies: what
+  it steps may be a flat buffer that the weights are views of, or a master copy);
+- address, shape and strides, for `.data = ...` and conversions. When its memory is freed the copy
+  goes, so that no other weight can appear at the same address;
 - the bits of 16 elements spread over the weight, for what moves none of these: writes through
   `.data`, numpy or a raw pointer. They change with any update of the whole weight, as target
   networks and averages make; an edit of a few elements they may miss.
 
 Weights in shared memory and inference tensors, which have no version counter, are not cached but
-packed at each call, and layers forget their copy at `train()`, `eval()` and every conversion. After
-an edit of a few elements through `.data` in between, call `Linear.forget_packed()`.
+packed at each call, and layers forget their copy at `train()`, `eval()`, every conversion, and when
+they get another Parameter. After an edit of a few elements through `.data` in between, call
+`Linear.forget_packed()`.
 """
 
 from __future__ import annotations
@@ -21,13 +24,18 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.flop_counter import register_flop_formula
 
+from pybigmodel._torch_private import below_autocast, dispatch_modes, jit_tracing_state
+from pybigmodel.ops import _checks as check
+from pybigmodel.ops import _flops
 from pybigmodel.ops._autocast import cast
 
 _STALE = -1  # no version counter gets there
@@ -35,36 +43,31 @@ _STALE = -1  # no version counter gets there
 # the time of a 768×768 product with one row.
 _SAMPLES = 16
 
+# Which copy: a precision code, plus this for a weight rounded to float16, as autocast does.
+ROUNDED_TO_FP16 = 2
+
 _ops = torch.ops.pybigmodel
 _linear = _ops.linear.default
 _linear_packed = _ops.linear_packed.default
 _pack_linear_weight = _ops.pack_linear_weight.default
 
 
-def _nothing() -> object:
-    return _NOTHING
-
-
-_NOTHING = object()
-
-
 class Packed:
-    """The packed copies of one Parameter, by precision code.
-
-    Immutable but for :meth:`discard`: so threads may share it.
-    """
+    """The packed copies of one Parameter: by precision code, and whether rounded to float16."""
 
     __slots__ = (
-        *("_address", "_bits", "_parameter", "_sample", "_storage"),
-        *("__weakref__", "copies", "out_features", "version"),
+        *("_address", "_bits", "_contiguous", "_id", "_sample", "_shape", "_storage", "_stride"),
+        *("__weakref__", "copies", "dtype", "out_features", "version"),
     )
 
     def __init__(self) -> None:
-        self._parameter: Callable[[], Any] = _nothing
-        self._address = 0
-        self._storage: torch.UntypedStorage | None = None
-        self._sample = memoryview(b"")
-        self._bits = b""
+        self._id = self._address = 0
+        self._shape: tuple[int, ...] = ()
+        self._stride: tuple[int, ...] = ()
+        self._contiguous = True
+        self._storage: weakref.ref[torch.UntypedStorage] | None = None
+        self._sample = self._bits = memoryview(b"")
+        self.dtype: torch.dtype | None = None
         self.version = _STALE
         self.out_features = 0
         self.copies: dict[int, Tensor] = {}
@@ -72,14 +75,17 @@ class Packed:
     @classmethod
     def of(cls, weight: Tensor) -> Packed:
         """An entry for the weight as it is now, without copies yet."""
-        self, key = cls(), id(weight)
-        # Weak: an entry must not keep its Parameter alive, nor outlive it and meet a new object
-        # with the same id.
-        self._parameter = weakref.ref(weight, lambda _: _entries.pop(key, None))
+        self = cls()
+        # No reference to the Parameter, not even a weak one, which would bar swap_tensors; and a
+        # weak one to its storage, so that an entry does not keep the weight's memory.
+        self._id = id(weight)
+        self._storage = weakref.ref(weight.untyped_storage(), partial(_freed, self._id))
         self._address = weight.data_ptr()
-        self._storage = weight.untyped_storage()
+        self._shape, self._stride = weight.shape, weight.stride()
+        self._contiguous = weight.is_contiguous()
         self._sample = _sample(weight)
-        self._bits = self._sample.tobytes()
+        self._bits = _copy_of(self._sample)
+        self.dtype = weight.dtype
         self.version = weight._version
         self.out_features = weight.shape[0]
         return self
@@ -87,18 +93,21 @@ class Packed:
     def is_current(self, weight: Any) -> bool:
         """Whether the copies are of `weight` as it is now."""
         return (
-            weight is not None  # a layer's, whose weight became computed
-            and self._parameter() is weight
+            id(weight) == self._id  # not of None, a layer's whose weight became computed
             and weight._version == self.version
+            and weight.shape == self._shape
+            and weight.is_contiguous() == self._contiguous
+            and (self._contiguous or weight.stride() == self._stride)
+            and weight.dtype is self.dtype
             # Before the sample: it reads this address.
             and weight.data_ptr() == self._address
-            and self._sample.tobytes() == self._bits
+            and self._sample == self._bits
         )
 
     def discard(self) -> None:
-        """No longer current, whoever holds it; and no weak reference, which bars swap_tensors."""
+        """No longer current, whoever holds it, and without its copies."""
         self.version = _STALE
-        self._parameter = _nothing
+        self.copies = {}  # another dict: a thread may be reading the first
 
     # A copied or unpickled layer has another weight and packs it when it first runs.
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
@@ -114,10 +123,19 @@ def _sample(weight: Tensor) -> memoryview:
         return memoryview(b"")
     steps = zip(weight.shape, weight.stride(), strict=True)
     span = sum((size - 1) * stride for size, stride in steps) + 1
-    words = span * weight.element_size() // 4
+    nbytes = span * weight.element_size()
+    if nbytes < 4:
+        return memoryview((ctypes.c_char * nbytes).from_address(weight.data_ptr())).cast("B")
+    words = nbytes // 4
     # Odd, so that the samples of a weight whose rows are a power of two are not all of one column.
     step = (words // _SAMPLES) | 1
-    return memoryview((ctypes.c_int32 * words).from_address(weight.data_ptr()))[::step]
+    view = memoryview((ctypes.c_char * (4 * words)).from_address(weight.data_ptr()))
+    # The native format: views of it are compared in a third of the time that a copy takes.
+    return view.cast("B").cast("i")[::step]
+
+
+def _copy_of(sample: memoryview) -> memoryview:
+    return memoryview(sample.tobytes()).cast(sample.format)  # type: ignore[call-overload,no-any-return]
 
 
 NOT_PACKED = Packed()
@@ -128,6 +146,13 @@ def _not_packed() -> Packed:
     return NOT_PACKED
 
 
+def _freed(key: int, storage: weakref.ref[torch.UntypedStorage]) -> None:
+    entry = _entries.get(key)
+    if entry is not None and entry._storage is storage:
+        del _entries[key]
+        entry.discard()
+
+
 def cacheable(weight: Tensor) -> bool:
     """Whether changes of this weight can be noticed, and this call computes real values."""
     return (
@@ -135,26 +160,36 @@ def cacheable(weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and weight.layout is torch.strided
         and not weight.is_inference()
-        and torch._C._len_torch_dispatch_stack() == 0  # fake tensors, tracing, counting modes
-        and torch._C._get_tracing_state() is None  # torch.jit.trace would bake the copy in
+        and dispatch_modes() == 0  # fake tensors, tracing, counting modes
+        and jit_tracing_state() is None  # torch.jit.trace would bake the copy in
         and not weight.is_shared()
     )
 
 
-def packed_for(weight: Tensor, precision: int) -> Packed:
-    """The entry of a cacheable weight, with the copy of this precision in it, current."""
-    known = _entries.get(id(weight), NOT_PACKED)
-    current = known.is_current(weight)
-    if current and precision in known.copies:
-        return known
-    # The state first, then the copy: a change in between makes the entry out of date, not wrong.
-    entry = Packed.of(weight)
+def packed_for(weight: Tensor, key: int) -> tuple[Packed, Tensor]:
+    """The current entry of a cacheable weight, and its copy of this key."""
+    entry = _entries.get(id(weight), NOT_PACKED)
+    current = entry.is_current(weight)
+    copy = entry.copies.get(key) if current else None
+    if copy is None:
+        if not current:
+            if entry is not NOT_PACKED:
+                entry.discard()
+            # The state first, then the copy: a change in between makes the entry out of date, not
+            # wrong.
+            entry = Packed.of(weight)
+        entry.copies[key] = copy = _pack(weight, key)
+        _entries[id(weight)] = entry
+    return entry, copy
+
+
+def _pack(weight: Tensor, key: int) -> Tensor:
     # Outside inference mode: the copy outlives this call and is used in any mode.
     with torch.inference_mode(False), torch.no_grad():
-        entry.copies = {**known.copies} if current else {}
-        entry.copies[precision] = _pack_linear_weight(weight, precision)
-    _entries[id(weight)] = entry
-    return entry
+        if key >= ROUNDED_TO_FP16:
+            weight = weight.to(torch.float16)
+        packed: Tensor = _pack_linear_weight(weight, key % ROUNDED_TO_FP16)
+    return packed
 
 
 def forget(weight: Tensor | None) -> None:
@@ -167,22 +202,21 @@ def forget(weight: Tensor | None) -> None:
 def _after_optimizer_step(
     optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    # A compiled step writes through functional ops and moves the counters itself.
-    if not torch.compiler.is_compiling() and _entries:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                forget(parameter)
+    # A compiled step moves the counters itself: of what it steps, not of what shares its memory.
+    if not torch.compiler.is_compiling():
+        while _entries:
+            _entries.popitem()[1].discard()
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
 
 
-# --- linear_cached: the same lookup at the run time of a compiled graph -------------------------
+# --- linear_cached: the product with the packed copy, looked up when it runs ---------------------
 #
 # Dynamo cannot guard on a version counter, and a guard would recompile after every optimizer step.
 # So the graph holds the weight, and this op looks its packed copy up when it runs. It is Python's,
 # since only Python sees the identity of a Parameter; exported programs, which may run without
-# Python, hold `linear` instead.
+# Python, hold `linear` instead. It has no gradient. Its precision may have ROUNDED_TO_FP16 added.
 
 _library = torch.library.Library("pybigmodel", "FRAGMENT")
 _library.define(
@@ -191,47 +225,51 @@ _library.define(
 )
 
 
-def _linear_cached(input: Tensor, weight: Tensor, bias: Tensor | None, precision: int) -> Tensor:
+def linear_as_packed(input: Tensor, weight: Tensor, bias: Tensor | None, precision: int) -> Tensor:
     y: Tensor
-    if cacheable(weight):
-        packed = packed_for(weight, precision)
-        copy, out_features = packed.copies[precision], packed.out_features
-        y = _linear_packed(input, copy, out_features, bias, None, 0)
-    elif input.dtype == weight.dtype:
+    if not cacheable(weight) and input.dtype == weight.dtype:
         y = _linear(input, weight, bias, precision)
-    else:  # under autocast
-        copy = _pack_linear_weight(weight, precision)
+    else:  # of another dtype: under autocast
+        copy = packed_for(weight, precision)[1] if cacheable(weight) else _pack(weight, precision)
         y = _linear_packed(input, copy, weight.shape[0], bias, None, 0)
     return y
 
 
-def _linear_cached_autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None, precision: int
+def _autocast_key(weight: Tensor, precision: int, dtype: torch.dtype) -> int:
+    """The packed copy that gives what `linear` gives of the weight cast to autocast's dtype."""
+    if dtype == torch.bfloat16:
+        return 1
+    return precision if weight.dtype == dtype else precision + ROUNDED_TO_FP16
+
+
+def linear_under_autocast(
+    product: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: int,
 ) -> Tensor:
+    """What `product`, the op or what it does, gives of what autocast casts."""
     dtype = torch.get_autocast_dtype("cpu")
-    input = cast(input, "cpu", dtype)
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    with torch._C._ExcludeDispatchKeyGuard(key):
-        y: Tensor = linear_cached(input, weight, bias, precision or int(dtype == torch.bfloat16))
-    return y
+    input, bias = cast(input, "cpu", dtype), cast(bias, "cpu", dtype)
+    with below_autocast("cpu"):
+        return product(input, weight, bias, _autocast_key(weight, precision, dtype))
 
 
-_library.impl("linear_cached", _linear_cached, "CPU")
-_library.impl("linear_cached", _linear_cached_autocast, "AutocastCPU")
+linear_cached = _ops.linear_cached.default
+_library.impl("linear_cached", linear_as_packed, "CPU")
+_library.impl("linear_cached", partial(linear_under_autocast, linear_cached), "AutocastCPU")
 
 
 def _linear_cached_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, precision: int
 ) -> Tensor:
-    torch._check(
-        input.shape[-1] == weight.shape[1],
-        lambda: (
-            f"linear: input's last dimension must be in_features = {weight.shape[1]}, "
-            f"got input of shape {tuple(input.shape)}"
-        ),
-    )
+    check.check_input("linear", input)
+    check.check_matrix("linear", input, weight)
+    check.check_bias("linear", input, weight.shape[0], bias)
+    check.check_range("linear", "precision", precision, 2 * ROUNDED_TO_FP16)
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
 torch.library.register_fake("pybigmodel::linear_cached", _linear_cached_fake, lib=_library)
-linear_cached = _ops.linear_cached.default
+register_flop_formula(_ops.linear_cached)(_flops.linear)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from pybigmodel._torch_private import applied, forward_ad
 from pybigmodel.ops import pack_int8_linear_weight, quantize_weight
 from pybigmodel.ops._checks import MAX_INT8_K, PANEL
+from pybigmodel.ops._common import no_kernel, refuse_forward_mode
 
 _int8_linear = torch.ops.pybigmodel.int8_linear.default
 _int8_weight_only_linear = torch.ops.pybigmodel.int8_weight_only_linear.default
@@ -121,38 +122,36 @@ class Int8Linear(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         # Python's part is short and reads no properties; Dynamo follows it.
         buffers: dict[str, Any] = self._buffers
-        if (_is_grad_enabled() and input.requires_grad) or forward_ad._current_level >= 0:
-            return self._without_gradient(input)
         y: Tensor
-        if self.weight_only:
-            y = _int8_weight_only_linear(
-                input,
-                buffers["packed_weight"],
-                buffers["weight_scale"],
-                buffers["bias"],
-                None,
-                0,
-            )
-        else:
-            y = _int8_linear(
-                input,
-                buffers["packed_weight"],
-                buffers["weight_scale"],
-                buffers["bias"],
-                None,
-                0,
-                self.symmetric,
-            )
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode("pybigmodel.nn.Int8Linear", input=input)
+        if _is_grad_enabled() and input.requires_grad is True:  # torch.fx has a proxy there
+            y = _without_gradient(input, self)
+            return y
+        try:
+            if self.weight_only:
+                y = _int8_weight_only_linear(
+                    input,
+                    buffers["packed_weight"],
+                    buffers["weight_scale"],
+                    buffers["bias"],
+                    None,
+                    0,
+                )
+            else:
+                y = _int8_linear(
+                    input,
+                    buffers["packed_weight"],
+                    buffers["weight_scale"],
+                    buffers["bias"],
+                    None,
+                    0,
+                    self.symmetric,
+                )
+        except NotImplementedError as error:
+            advice = "leave such layers out of pbm.optimize"
+            raise no_kernel("Int8Linear", advice, input=input, **buffers) from error
         return y
-
-    def _without_gradient(self, input: Tensor) -> Tensor:
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None:
-            raise NotImplementedError(
-                "pybigmodel.nn.Int8Linear: input is a dual tensor; int8 layers have no derivative"
-            )
-        with torch.no_grad():
-            y = self.forward(input.detach())
-        return _NoGradient.apply(input, y) if torch.is_grad_enabled() else y  # type: ignore[no-untyped-call]
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -178,6 +177,8 @@ class Int8Linear(torch.nn.Module):
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         weight = state_dict.get(key)
+        if weight is not None or prefix + "weight_scale" in state_dict:
+            self._free_original()
         if weight is None:
             if strict:
                 missing_keys.append(key)
@@ -196,6 +197,14 @@ class Int8Linear(torch.nn.Module):
                 device = self.packed_weight.device
                 self.packed_weight.copy_(pack_int8_linear_weight(weight.to(device)))
 
+    def _free_original(self) -> None:
+        """Leave of the kept float layer what int8 does not know: its dtype, what was trained."""
+        original = self.__dict__.get("_original")
+        if original is not None:
+            weight = original.weight
+            empty = weight.detach().new_empty(0)
+            original.weight = torch.nn.Parameter(empty, weight.requires_grad)
+
     def __getstate__(self) -> dict[str, Any]:
         # A pickle is a checkpoint: no packed layout, and no float originals (see pbm.optimize).
         state = {**self.__dict__, "_buffers": {**self._buffers}}
@@ -209,6 +218,11 @@ class Int8Linear(torch.nn.Module):
         with torch.no_grad():
             self.packed_weight = pack_int8_linear_weight(self.packed_weight)
 
+    def __copy__(self) -> Int8Linear:
+        new = self.__new__(type(self))
+        new.__dict__ = {**self.__dict__, "_buffers": {**self._buffers}}
+        return new
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
         new = self.__new__(type(self))
         memo[id(self)] = new
@@ -216,10 +230,13 @@ class Int8Linear(torch.nn.Module):
         return new
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Int8Linear:
-        scale = self.weight_scale
+        kept = {name: self._buffers[name] for name in ("packed_weight", "weight_scale")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            assert before is not None and after is not None
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
         original = self.__dict__.get("_original")
         if original is not None:
             original._apply(fn)
@@ -252,20 +269,20 @@ ForkingPickler.register(Int8Linear, _send)
 
 _library = torch.library.Library("pybigmodel", "FRAGMENT")
 _library.define(
-    "refuse_gradient(Tensor grad_output, Tensor input) -> Tensor",
+    "refuse_gradient(Tensor grad_output, int in_features) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _refuse_gradient(grad_output: Tensor, input: Tensor) -> Tensor:
+def _refuse_gradient(grad_output: Tensor, in_features: int) -> Tensor:
     raise RuntimeError(
         "pybigmodel.nn.Int8Linear is for inference: a gradient through it was asked for. Train the "
         "float model (pbm.restore), or detach() what goes into or comes out of the layer"
     )
 
 
-def _refuse_gradient_fake(grad_output: Tensor, input: Tensor) -> Tensor:
-    return torch.empty_like(input)
+def _refuse_gradient_fake(grad_output: Tensor, in_features: int) -> Tensor:
+    return grad_output.new_empty((*grad_output.shape[:-1], in_features))
 
 
 for _device in ("CPU", "CUDA"):
@@ -274,15 +291,23 @@ torch.library.register_fake("pybigmodel::refuse_gradient", _refuse_gradient_fake
 
 
 class _NoGradient(torch.autograd.Function):
-    """Passes the output on; backward raises. An op does, so that a compiled graph may hold it."""
+    """The layer, with a backward that raises. An op does, so that a compiled graph may hold it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, output: Tensor) -> Tensor:
-        ctx.save_for_backward(input)
-        return output.view_as(output)
+    def forward(input: Tensor, layer: Int8Linear) -> Tensor:
+        return layer.forward(input)  # without gradients here
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.in_features = inputs[1].in_features
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (input,) = ctx.saved_tensors
-        grad: Tensor = torch.ops.pybigmodel.refuse_gradient.default(grad_outputs[0], input)
+        (grad_output,) = grad_outputs
+        grad: Tensor = torch.ops.pybigmodel.refuse_gradient.default(grad_output, ctx.in_features)
         return grad, None
+
+
+_without_gradient = applied(_NoGradient)

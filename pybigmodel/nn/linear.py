@@ -7,18 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
-from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from pybigmodel.nn._packing import NOT_PACKED, cacheable, forget, linear_cached, packed_for
-from pybigmodel.ops._autocast import cast
-from pybigmodel.ops._common import PRECISIONS, precision_code
+from pybigmodel._torch_private import (
+    autocast_enabled,
+    dispatch_modes,
+    forward_ad,
+    jit_tracing_state,
+)
+from pybigmodel.nn._packing import (
+    NOT_PACKED,
+    cacheable,
+    forget,
+    linear_as_packed,
+    linear_cached,
+    linear_under_autocast,
+    packed_for,
+)
+from pybigmodel.ops._common import (
+    PRECISIONS,
+    ForwardModeError,
+    no_kernel,
+    precision_code,
+    refuse_forward_mode,
+)
 
 _linear = torch.ops.pybigmodel.linear.default
 _linear_packed = torch.ops.pybigmodel.linear_packed.default
 _is_grad_enabled = torch.is_grad_enabled
 _MISSING = object()
+_ADVICE = (
+    "use torch.nn.Linear there (pbm.restore puts it back, and pbm.optimize leaves such layers as "
+    "they are)"
+)
 
 
 class Linear(torch.nn.Linear):
@@ -35,11 +56,11 @@ class Linear(torch.nn.Linear):
             tensors keep their dtype. bfloat16 weights always take the latter. May be assigned.
 
     The packed copy is made again when the weight's version counter moves (``load_state_dict``, any
-    in-place op), after an optimizer's step, when the Parameter or its data is another one, after
-    ``train()``, ``eval()``, ``to()`` and the like, and when a sample of its elements has changed. A
-    weight that can change unseen (in shared memory, or an inference tensor, which has no counter)
-    is packed at every call. The one change that may be missed is of a few elements, through
-    ``weight.data`` or a raw pointer: call :meth:`forget_packed` after it.
+    in-place op), after a step of any optimizer, when the Parameter, its data, shape or strides are
+    others, after ``train()``, ``eval()``, ``to()`` and the like, and when a sample of its elements
+    has changed. A weight that can change unseen (in shared memory, or an inference tensor, which
+    has no counter) is packed at every call. The one change that may be missed is of a few elements,
+    through ``weight.data`` or a raw pointer: call :meth:`forget_packed` after it.
 
     Under torch.compile the copy is looked up when the graph runs; exported programs pack at each
     call.
@@ -106,58 +127,57 @@ class Linear(torch.nn.Linear):
         bias: Any = parameters.get("bias", _MISSING)
         if (
             not _is_grad_enabled()
+            and jit_tracing_state() is None  # under which shapes are tensors
             and packed.is_current(weight)
             and bias is not _MISSING
-            and input.dtype is weight.dtype
-            and not _is_any_autocast_enabled()
-            and _len_torch_dispatch_stack() == 0
-            and _get_tracing_state() is None
+            and input.dtype is packed.dtype
+            and not autocast_enabled()
+            and dispatch_modes() == 0
             and forward_ad._current_level < 0
         ):
             copy = packed.copies.get(self._precision)
             if copy is not None:
-                y: Tensor = _linear_packed(input, copy, packed.out_features, bias, None, 0)
-                return y
+                try:
+                    y: Tensor = _linear_packed(input, copy, packed.out_features, bias, None, 0)
+                    return y
+                except NotImplementedError as error:
+                    raise no_kernel(
+                        "Linear", _ADVICE, input=input, weight=weight, bias=bias
+                    ) from error
         return self._general(input)
 
     def _general(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # export that traces without Dynamo
+        # Export that traces without Dynamo; torch.fx, whose proxies know no dtype.
+        if torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
             return self._traced(input)
         # As torch.nn.Linear reads them: a parametrization or an old-style hook may compute them.
         weight, bias = self.weight, self.bias
-        _refuse_forward_mode(input, weight, bias)
-        autocast = weight.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode("pybigmodel.nn.Linear", input=input, weight=weight, bias=bias)
         y: Tensor
-        if (
-            _wants_gradient(input, weight, bias)
-            or not cacheable(weight)
-            or (input.dtype != weight.dtype and not autocast)  # the op names the mismatch
-        ):
-            try:
+        try:
+            if _wants_gradient(input, weight, bias) or not cacheable(weight):
                 y = _linear(input, weight, bias, self._precision)
-            except NotImplementedError as error:
-                raise NotImplementedError(
-                    f"pybigmodel.nn.Linear has no kernel for a {weight.layout} weight on device "
-                    f"'{weight.device}'; "
-                    "use torch.nn.Linear there (pbm.restore puts it back, and pbm.optimize "
-                    "leaves such layers as they are)"
-                ) from error
-            return y
-        precision = self._precision
-        if autocast:
-            dtype = torch.get_autocast_dtype("cpu")
-            input = cast(input, "cpu", dtype)
-            precision = precision or int(dtype == torch.bfloat16)
-        self._packed = packed = packed_for(weight, precision)
-        copy = packed.copies[precision]
-        y = _linear_packed(input, copy, packed.out_features, bias, None, 0)
+            elif torch.is_autocast_enabled("cpu"):
+                y = linear_under_autocast(linear_as_packed, input, weight, bias, self._precision)
+            elif input.dtype != weight.dtype:  # the op names the mismatch
+                y = _linear(input, weight, bias, self._precision)
+            else:
+                self._packed, copy = packed_for(weight, self._precision)
+                y = _linear_packed(input, copy, weight.shape[0], bias, None, 0)
+        except ForwardModeError:
+            raise
+        except NotImplementedError as error:
+            raise no_kernel("Linear", _ADVICE, input=input, weight=weight, bias=bias) from error
         return y
 
     def _traced(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         y: Tensor
         if (
-            torch.compiler.is_exporting()
+            not torch.compiler.is_compiling()  # torch.fx
+            or torch.compiler.is_exporting()
+            or not isinstance(weight, torch.nn.Parameter)  # of torch.func, which may differentiate
             or _wants_gradient(input, weight, bias)
             or (input.dtype != weight.dtype and not torch.is_autocast_enabled("cpu"))
         ):
@@ -168,8 +188,15 @@ class Linear(torch.nn.Linear):
 
     def forget_packed(self) -> None:
         """Drop the packed copy of the weight; the next call makes it again."""
+        # Both: of a weight that is gone from here too, and of one that only compiled code packed.
+        vars(self).get("_packed", NOT_PACKED).discard()
         self._packed = NOT_PACKED
         forget(self._parameters.get("weight"))
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        if name == "weight":  # assigned: versions of this Parameter and the last do not compare
+            self.forget_packed()
+        super().register_parameter(name, param)
 
     def train(self, mode: bool = True) -> Linear:
         # Between the two, weights change, perhaps through `.data`, and the copy is in the way.
@@ -195,13 +222,3 @@ def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-
-
-def _refuse_forward_mode(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if forward_ad._current_level >= 0:
-        for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(
-                    f"pybigmodel.nn.Linear: {name} is a dual tensor, and forward-mode derivatives "
-                    "are not implemented; use torch.nn.Linear there"
-                )

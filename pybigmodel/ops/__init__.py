@@ -1,5 +1,6 @@
 """The ops: typed functions over ``torch.ops.pybigmodel``, one file per family."""
 
+from pybigmodel.ops import _flops as _flops
 from pybigmodel.ops.int8_linear import (
     int8_linear,
     int8_weight_only_linear,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pybigmodel._torch_private import below_autocast
+
 # The registrations live as long as this object.
 _library = torch.library.Library("pybigmodel", "IMPL")
 
@@ -28,22 +30,16 @@ def register_autocast(name: str, positions: tuple[int, ...]) -> None:
     The dtype is the one current at the call; torch.library.register_autocast fixes it beforehand.
     """
     op = getattr(torch.ops.pybigmodel, name).default
-    for device in ("CPU", "CUDA"):
-        key = f"Autocast{device}"
-        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    for device in ("cpu", "cuda"):
 
-        def kernel(
-            *args: Any,
-            device_type: str = device.lower(),
-            excluded: torch._C.DispatchKeySet = excluded,
-        ) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
-            with torch._C._ExcludeDispatchKeyGuard(excluded):
+        def kernel(*args: Any, device: str = device) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            with below_autocast(device):
                 return op(
                     *(
-                        cast(arg, device_type, dtype) if at in positions else arg
+                        cast(arg, device, dtype) if at in positions else arg
                         for at, arg in enumerate(args)
                     )
                 )
 
-        _library.impl(name, kernel, key)
+        _library.impl(name, kernel, f"Autocast{device.upper()}")

@@ -94,8 +94,12 @@ def check_int8_k(op: str, k: int) -> None:
 
 def check_weight(op: str, input: Tensor, weight: Tensor) -> None:
     check_input(op, input)
-    check_dim(op, "weight", weight, 2)
     check_dtype(op, "weight", weight, input.dtype)
+    check_matrix(op, input, weight)
+
+
+def check_matrix(op: str, input: Tensor, weight: Tensor) -> None:
+    check_dim(op, "weight", weight, 2)
     check_same_device(op, "weight", weight, input)
     torch._check(
         input.shape[-1] == weight.shape[1],

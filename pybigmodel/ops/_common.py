@@ -1,10 +1,13 @@
-"""What the families of ops share: names of enums, the refusal of gradients."""
+"""What the families of ops share: names of enums, the refusal of derivatives."""
 
 from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
+
+from pybigmodel._torch_private import forward_ad, is_dual
 
 Activation: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -16,7 +19,7 @@ PRECISIONS: dict[str, int] = {"fp32": 0, "bf16": 1}
 def activation_code(activation: str) -> int:
     try:
         return ACTIVATIONS[activation]
-    except KeyError:
+    except (KeyError, TypeError):  # the latter: a list, say
         names = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation must be one of {names}; got {activation!r}") from None
 
@@ -24,15 +27,42 @@ def activation_code(activation: str) -> int:
 def precision_code(precision: str) -> int:
     try:
         return PRECISIONS[precision]
-    except KeyError:
+    except (KeyError, TypeError):  # the latter: a list, say
         raise ValueError(f"precision must be 'fp32' or 'bf16'; got {precision!r}") from None
 
 
-def refuse_gradient(op: str, **tensors: Tensor | None) -> None:
-    """For an op of inference while gradients are recorded: none may silently end in it."""
+def refuse_derivative(op: str, **tensors: Tensor | None) -> None:
+    """For an op of inference while derivatives are recorded: none may silently end in it."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} requires grad, and this op has no gradient: call it under "
+                    "torch.no_grad(), or detach the tensor; pybigmodel.ops.linear is differentiable"
+                )
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(op, **tensors)
+
+
+class ForwardModeError(NotImplementedError):
+    """Forward-mode differentiation, which no op has."""
+
+
+def refuse_forward_mode(op: str, **tensors: Tensor | None) -> None:
+    """Within a level of forward-mode differentiation: no tangent may silently become zero."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name} requires grad, and this op has no gradient: call it under "
-                "torch.no_grad(), or detach the tensor; pybigmodel.ops.linear is differentiable"
+        if is_dual(tensor):
+            raise ForwardModeError(
+                f"{op}: {name} is a dual tensor, and forward-mode derivatives are not implemented"
             )
+
+
+def no_kernel(layer: str, substitute: str, **tensors: Tensor | None) -> NotImplementedError:
+    """What to raise where torch found no kernel for the layer's op."""
+    got = ", ".join(
+        f"{name} a {'nested ' * tensor.is_nested}{type(tensor).__qualname__} "
+        f"({tensor.layout}, {tensor.device})"
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+    return NotImplementedError(f"pybigmodel.nn.{layer} has no kernel for {got}; {substitute}")

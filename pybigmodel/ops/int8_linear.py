@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pybigmodel._torch_private import forward_ad
 from pybigmodel.ops import _checks as check
 from pybigmodel.ops._autocast import register_autocast
-from pybigmodel.ops._common import Activation, activation_code, refuse_gradient
+from pybigmodel.ops._common import (
+    Activation,
+    activation_code,
+    refuse_derivative,
+    refuse_forward_mode,
+)
 
 _ops = torch.ops.pybigmodel
 _quantize_per_token = _ops.quantize_per_token.default
@@ -35,6 +41,8 @@ def quantize_per_token(input: Tensor, symmetric: bool = False) -> tuple[Tensor, 
     Raises:
         RuntimeError: input is not floating or has no dimension.
     """
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("quantize_per_token", input=input)
     q, scale, zero_point = _quantize_per_token(input, symmetric)
     return q, scale, zero_point
 
@@ -110,8 +118,7 @@ def int8_linear(
         RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
             are recorded, naming the argument.
     """
-    if torch.is_grad_enabled():
-        refuse_gradient("int8_linear", input=input, bias=bias, residual=residual)
+    refuse_derivative("int8_linear", input=input, bias=bias, residual=residual)
     y: Tensor = _int8_linear(
         input,
         packed_weight,
@@ -147,8 +154,7 @@ def int8_weight_only_linear(
         RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
             are recorded, naming the argument.
     """
-    if torch.is_grad_enabled():
-        refuse_gradient("int8_weight_only_linear", input=input, bias=bias, residual=residual)
+    refuse_derivative("int8_weight_only_linear", input=input, bias=bias, residual=residual)
     y: Tensor = _int8_weight_only_linear(
         input, packed_weight, weight_scale, bias, residual, activation_code(activation)
     )

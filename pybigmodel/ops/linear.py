@@ -6,15 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from pybigmodel._torch_private import below_autograd, forward_ad, register_function
 from pybigmodel.ops import _checks as check
-from pybigmodel.ops._autocast import register_autocast
+from pybigmodel.ops._autocast import cast, register_autocast
 from pybigmodel.ops._common import (
     Activation,
+    ForwardModeError,
     Precision,
     activation_code,
     precision_code,
-    refuse_gradient,
+    refuse_derivative,
+    refuse_forward_mode,
 )
 from pybigmodel.reference.linear import ACTIVATION_FUNCTIONS
 
@@ -57,14 +61,33 @@ def linear(
 
     Raises:
         RuntimeError: a wrong dtype, shape or device, naming the argument; a second derivative.
+        NotImplementedError: a forward-mode derivative.
         ValueError: an unknown activation or precision.
 
     Source: Georganas et al., "High-Performance Deep Learning via a Single Building Block", 2020.
     """
-    y: Tensor = _linear(input, weight, bias, precision_code(precision))
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("linear", input=input, weight=weight, bias=bias)
+    y: Tensor
+    code = precision_code(precision)
+    if torch.is_grad_enabled() or is_dynamo_compiling():
+        y = _linear(input, weight, bias, code)
+    else:
+        y = below_autograd(_linear, input, weight, bias, code)
     if activation_code(activation):
         y = ACTIVATION_FUNCTIONS[activation](y)
-    return y if residual is None else y + residual
+    if residual is None:
+        return y
+    device = y.device.type
+    if torch.is_autocast_enabled(device):
+        residual = cast(residual, device, y.dtype)
+    if residual.shape != y.shape or residual.dtype != y.dtype:  # Dynamo follows it, not _checks
+        raise RuntimeError(
+            f"linear: residual must be {check.name_of(y.dtype)} of the output's shape "
+            f"{tuple(y.shape)}, got {check.name_of(residual.dtype)} of shape "
+            f"{tuple(residual.shape)}"
+        )
+    return y + residual
 
 
 def linear_packed(
@@ -90,8 +113,7 @@ def linear_packed(
         RuntimeError: a wrong dtype, shape or device, or a tensor that requires grad while gradients
             are recorded, naming the argument.
     """
-    if torch.is_grad_enabled():
-        refuse_gradient("linear_packed", input=input, bias=bias, residual=residual)
+    refuse_derivative("linear_packed", input=input, bias=bias, residual=residual)
     y: Tensor = _linear_packed(
         input, packed_weight, out_features, bias, residual, activation_code(activation)
     )
@@ -107,8 +129,10 @@ def pack_linear_weight(weight: Tensor, precision: Precision = "fp32") -> Tensor:
 
     Args:
         weight: (out_features, in_features), float32, bfloat16 or float16.
-        precision: "fp32" or "bf16" (rounded to nearest even).
+        precision: "fp32" or "bf16" (rounded to nearest even); a bfloat16 weight stays bfloat16.
     """
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("pack_linear_weight", weight=weight)
     packed: Tensor = _pack_linear_weight(weight, precision_code(precision))
     return packed
 
@@ -153,10 +177,11 @@ def _pack_linear_weight_fake(weight: Tensor, precision: int) -> Tensor:
     check.check_dim(op, "weight", weight, 2)
     check.check_range(op, "precision", precision, 2)
     n, k = weight.shape
-    per_lane = 2 if precision else 1
+    bf16 = precision == 1 or weight.dtype == torch.bfloat16
+    per_lane = 2 if bf16 else 1
     return weight.new_empty(
         (check.ceil_div(n, check.PANEL), check.ceil_div(k, per_lane), check.PANEL * per_lane),
-        dtype=torch.bfloat16 if precision else torch.float32,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
     )
 
 
@@ -185,35 +210,80 @@ def _linear_packed_fake(
 # --- autograd -----------------------------------------------------------------------------------
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, precision = inputs
-    ctx.save_for_backward(input, weight)
-    ctx.precision = precision
-    ctx.bias_dtype = None if bias is None else bias.dtype
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, precision: int) -> Tensor:
+        y: Tensor = below_autograd(_linear, input, weight, bias, precision)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, ctx.precision = inputs
+        need_input, need_weight, *_ = ctx.needs_input_grad
+        # Beside a frozen weight no activation is kept, and beside raw input no weight.
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grads
+        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        input, weight = _in_place_of_missing(grad_output, *ctx.saved_tensors)
+        grad_input, grad_weight, grad_bias = _linear_backward(
+            grad_output, input, weight, ctx.precision, need_input, need_weight, need_bias
+        )
+        return (
+            grad_input if need_input else None,
+            grad_weight if need_weight else None,
+            grad_bias.to(ctx.bias_dtype) if need_bias else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise ForwardModeError("linear: forward-mode derivatives are not implemented")
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight = ctx.saved_tensors
-    need_input, need_weight, need_bias, _ = ctx.needs_input_grad
-    grad_input, grad_weight, grad_bias = _linear_backward(
-        grad_output, input, weight, ctx.precision, need_input, need_weight, need_bias
-    )
+def _in_place_of_missing(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For an operand that no gradient needs, a row that stands for all: linear_backward checks
+    shapes, and reads what it needs."""
+    rows, n = grad_output.shape[:-1], grad_output.shape[-1]
+    k = 1 if input is None and weight is None else (weight if input is None else input).shape[-1]  # type: ignore[union-attr]
+    row = grad_output.new_empty(k)
     return (
-        grad_input if need_input else None,
-        grad_weight if need_weight else None,
-        grad_bias.to(ctx.bias_dtype) if need_bias else None,
-        None,
+        row.expand(*rows, k) if input is None else input,
+        row.expand(n, k) if weight is None else weight,
     )
 
 
-torch.library.register_autograd("pybigmodel::linear", _backward, setup_context=_setup_context)
+class _LinearBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor, Tensor] = below_autograd(_linear_backward, *args)
+        return grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("pybigmodel.ops.linear: the gradient of its gradient is not implemented")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise ForwardModeError("linear: forward-mode derivatives are not implemented")
 
 
-def _no_second_gradient(ctx: Any, *grad_outputs: Tensor) -> None:
-    raise RuntimeError("pybigmodel.ops.linear: the gradient of its gradient is not implemented")
-
-
-torch.library.register_autograd("pybigmodel::linear_backward", _no_second_gradient)
+_library = torch.library.Library("pybigmodel", "IMPL")
+register_function(_library, _linear, _Linear)
+register_function(_library, _linear_backward, _LinearBackward)
 
 # --- autocast: all but packed weights, whose dtype chooses the products --------------------------
 

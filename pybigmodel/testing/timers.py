@@ -9,6 +9,7 @@ turn warms up before it counts; and the CPU time spent per wall time is kept as 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ class Timing:
     """Seconds per call, one entry a sample; a sample of short calls is the mean of many."""
 
     samples: list[float] = field(default_factory=list)
+    turn_medians: list[float] = field(default_factory=list)
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
 
@@ -64,6 +66,15 @@ def wait_until_idle(timeout: float = 2.0, window: float = 0.004, share: float = 
             )
 
 
+def settle(*, require_idle: bool) -> None:
+    """Before a turn: wait until the process is idle; at most 0.1 s where it need not be."""
+    if require_idle:
+        wait_until_idle()
+    else:
+        with suppress(TimeoutError):
+            wait_until_idle(timeout=0.1)
+
+
 class Turns:
     """One contender's calls, timed turn by turn.
 
@@ -86,6 +97,7 @@ class Turns:
         """Warm up, then sample for `seconds` (at least one sample, two in the first turn)."""
         self._warm_up(seconds)
         timing, calls, inner = self.timing, self._calls, self._calls_per_sample
+        earlier = len(timing.samples)
         clock = time.perf_counter
         cpu_start, start = time.process_time(), clock()
         while True:
@@ -98,6 +110,7 @@ class Turns:
                 break
         timing.wall_seconds += clock() - start
         timing.cpu_seconds += time.process_time() - cpu_start
+        timing.turn_medians.append(statistics.median(timing.samples[earlier:]))
 
     def _warm_up(self, seconds: float) -> None:
         # Small rotations are gone through once, so that what should lie in a cache does.
@@ -125,14 +138,6 @@ def interleave(
     Garbage collection is off meanwhile. A process whose other threads never rest raises
     TimeoutError after 2 s; with require_idle=False each turn begins after 0.1 s all the same.
     """
-
-    def settle() -> None:
-        if require_idle:
-            wait_until_idle()
-        else:
-            with suppress(TimeoutError):
-                wait_until_idle(timeout=0.1)
-
     turns = {name: Turns(calls) for name, calls in contenders.items()}
     names = list(turns)
     collecting = gc.isenabled()
@@ -141,10 +146,10 @@ def interleave(
     try:
         for r in range(rounds):
             if between is not None:
-                settle()
+                settle(require_idle=require_idle)
                 between()
             for i in range(len(names)):
-                settle()
+                settle(require_idle=require_idle)
                 turns[names[(i + r) % len(names)]].take(seconds)
     finally:
         if collecting:

@@ -35,6 +35,18 @@ def test_layer(dtype: torch.dtype, grad: bool) -> None:
         assert difference(ours(x), theirs(x))[0] < 1e-6  # and in fp32 again outside
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_change_no_number(dtype: torch.dtype, precision: str) -> None:
+    ours, _ = layers()
+    ours.precision = precision
+    x = torch.randn(50, K)
+    with torch.autocast("cpu", dtype=dtype):
+        expected = ours(x)
+        with torch.no_grad():
+            assert torch.equal(ours(x), expected)
+
+
 def test_layer_takes_bf16_products_and_keeps_both_copies() -> None:
     ours, _ = layers()
     x = torch.randn(5, K)

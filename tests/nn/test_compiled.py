@@ -19,8 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
+def fresh_dynamo(tmp_path, monkeypatch):
     torch._dynamo.reset()
+    # Else torch may find on the disk what an earlier version of this library was traced to.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
 def layers() -> tuple[pbm.nn.Linear, nn.Linear]:
@@ -37,6 +39,10 @@ def graph_of(function, *args) -> list[str]:
     return [node for node in nodes if node.startswith("pybigmodel.")]
 
 
+def truncate(layer: pbm.nn.Linear) -> None:
+    layer.weight.data, layer.bias.data = layer.weight.data[:8], layer.bias.data[:8]
+
+
 CHANGES = [
     lambda layer: layer.weight.mul_(2),
     lambda layer: layer.weight[3, 4].add_(1),
@@ -46,6 +52,8 @@ CHANGES = [
     lambda layer: layer.load_state_dict(nn.Linear(K, N).state_dict()),
     lambda layer: layer.load_state_dict(nn.Linear(K, N).state_dict(), assign=True),
     lambda layer: layer.bias.mul_(2),
+    lambda layer: setattr(layer.weight, "data", layer.weight.data.as_strided((N, K), (1, N))),
+    truncate,  # the last: loading a state_dict needs the first shape
 ]
 
 
@@ -134,17 +142,19 @@ def test_precision_is_guarded() -> None:
         assert 1e-4 < difference(compiled(x), theirs(x))[0] < 1e-2
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad", [False, True])
-def test_autocast(grad: bool) -> None:
+def test_autocast_is_eagers(grad: bool, dtype: torch.dtype, weights: torch.dtype) -> None:
     ours, theirs = layers()
-    compiled = torch.compile(ours, fullgraph=True)
-    x = torch.randn(5, K)
-    with torch.set_grad_enabled(grad):
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast("cpu", dtype=dtype):
-                got, expected = compiled(x), theirs(x)
-            assert got.dtype == expected.dtype == dtype
-            assert difference(got, expected)[0] < 1e-2
+    ours, theirs = ours.to(weights), theirs.to(weights)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    x = torch.randn(50, K)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype):
+        got, expected = compiled(x), theirs(x)
+        assert got.dtype == expected.dtype == dtype
+        assert torch.equal(got, ours(x))
+        assert difference(got.float(), expected.float())[0] < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -198,3 +208,16 @@ def test_the_cached_op() -> None:
             (torch.randn(2, 3, K), weight, torch.randn(N), 0),
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
+
+
+def test_the_cached_op_checks_when_traced() -> None:
+    x, weight, bias = (torch.randn(s, device="meta") for s in ((5, K), (N, K), (N,)))
+    for bad, named in (
+        ((x.long(), weight, bias, 0), "input must be float32"),
+        ((x[:, :-1], weight, bias, 0), "in_features = 40"),
+        ((x, weight[0], bias, 0), "weight must have 2 dimensions"),
+        ((x, weight, bias[:-1], 0), "bias must have shape"),
+        ((x, weight, bias, 4), "precision must be"),
+    ):
+        with pytest.raises(RuntimeError, match=named):
+            _packing.linear_cached(*bad)

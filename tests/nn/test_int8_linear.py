@@ -110,7 +110,9 @@ def test_a_load_is_seen_by_the_next_call() -> None:
     assert torch.equal(ours(x), other(x))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
 def test_copies(copied) -> None:
     ours = pbm.nn.Int8Linear.from_linear(float_layer(), weight_only=True).eval()
     ours.register_forward_hook(_double)
@@ -118,7 +120,8 @@ def test_copies(copied) -> None:
     x = torch.randn(5, 40)
     assert torch.equal(again(x), ours(x))
     assert (again.weight_only, again.training) == (True, False)
-    again.load_state_dict(pbm.nn.Int8Linear(40, 24).state_dict())
+    again.load_state_dict(pbm.nn.Int8Linear(40, 24).state_dict(), assign=True)
+    assert again(x).isnan().all()
     assert not ours(x).isnan().any()
 
 
@@ -133,13 +136,14 @@ def test_a_pickle_holds_no_packed_layout() -> None:
     assert buffer.tell() < 17 * 1001 + 8000
 
 
+@pytest.mark.parametrize("cast", [nn.Module.to, nn.Module.type])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_casts_leave_weight_and_scales(dtype: torch.dtype) -> None:
+def test_casts_leave_weight_and_scales(dtype: torch.dtype, cast) -> None:
     theirs = float_layer()
     ours = pbm.nn.Int8Linear.from_linear(theirs)
     scale = ours.weight_scale.clone()
     weight = ours.weight
-    nn.Sequential(ours).to(dtype)
+    cast(nn.Sequential(ours), dtype)
     assert torch.equal(ours.weight_scale, scale) and ours.weight_scale.dtype == torch.float32
     assert torch.equal(ours.weight, weight)
     assert ours.bias.dtype == dtype
@@ -175,6 +179,19 @@ def test_output_is_usable_under_autograd_but_has_no_gradient() -> None:
         y.sum().backward()
     assert not ours(x.detach()).requires_grad
     ours(x).detach().sum()
+
+
+def test_output_may_be_changed_in_place_and_keeps_no_input() -> None:
+    ours = pbm.nn.Int8Linear.from_linear(float_layer())
+    model = nn.Sequential(nn.Embedding(7, 40), ours, nn.ReLU(inplace=True))
+    assert model(torch.tensor([1, 2])).min() == 0
+    x = torch.randn(5, 40, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        y = ours(x)
+    assert saved == []
+    y.add_(1)
+    assert torch.equal(y, ours(x.detach()) + 1)
 
 
 def test_bad_weights_are_named() -> None:

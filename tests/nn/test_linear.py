@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import pybigmodel as pbm
 from pybigmodel._measure import difference
@@ -236,8 +237,59 @@ def test_jit_trace_does_not_bake_the_copy_in() -> None:
 def test_a_layout_or_device_without_kernels_is_named() -> None:
     ours, _ = pair()
     ours.weight = nn.Parameter(ours.weight.detach().to_sparse(), requires_grad=False)
-    with pytest.raises(NotImplementedError, match=r"no kernel for a torch.sparse_coo weight"):
+    got = r"no kernel for input a Tensor \(torch.strided, cpu\), weight a Parameter \(torch.sparse"
+    with pytest.raises(NotImplementedError, match=got):
         ours(x())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_are_named(layout: torch.layout, grad: bool) -> None:
+    ours, theirs = pair()
+    int8 = pbm.nn.Int8Linear.from_linear(theirs)
+    nested = torch.nested.nested_tensor([x(3), x(5)], layout=layout)
+    with torch.set_grad_enabled(grad):
+        ours(x()), int8(x())
+        for layer in (ours, int8):
+            named = rf"{type(layer).__name__} has no kernel for input a nested .*{layout}, cpu"
+            with pytest.raises(NotImplementedError, match=named):
+                layer(nested)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_fx(grad: bool) -> None:
+    ours, theirs = pair()
+    int8 = pbm.nn.Int8Linear.from_linear(theirs)
+    with torch.set_grad_enabled(grad):
+        for layer, op in ((ours, "linear"), (int8, "int8_linear")):
+            layer(x())  # a packed copy must not get into the graph
+            traced = torch.fx.symbolic_trace(nn.Sequential(layer, nn.ReLU()))
+            called = [str(n.target) for n in traced.graph.nodes if n.op == "call_function"]
+            assert called == [f"pybigmodel.{op}.default"]
+            assert torch.equal(traced(x()), layer(x()).relu())
+    theirs.zero_grad()
+    torch.fx.symbolic_trace(ours)(x()).sum().backward()
+    theirs(x()).sum().backward()
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+def test_flops_are_counted() -> None:
+    ours, theirs = pair()
+    int8 = pbm.nn.Int8Linear.from_linear(theirs)
+
+    def flops(layer: nn.Module, grad: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
+            y = layer(x())
+            if grad:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    packed = pbm.ops.pack_linear_weight(theirs.weight.detach())
+    assert flops(theirs, False) == 2 * 5 * K * N
+    for layer in (ours, int8, lambda x: pbm.ops.linear_packed(x, packed, N)):
+        assert flops(layer, False) == flops(theirs, False)
+    assert flops(ours, True) == flops(theirs, True) == 4 * 5 * K * N
 
 
 def test_from_linear_refuses_computed_weights() -> None:

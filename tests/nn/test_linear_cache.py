@@ -49,7 +49,7 @@ def test_the_packed_weight_is_used_and_made_once() -> None:
     with torch.no_grad():
         layer(x(1))
     assert layer._packed.copies is copies
-    assert _native.last_kernel().startswith("gem")
+    assert _native.last_kernel() == f"gemm_f32.{_native.active_isa()}"
 
 
 OPTIMIZERS = {
@@ -121,11 +121,34 @@ def assign_data(layer: pbm.nn.Linear) -> None:
     layer.weight.data = torch.randn(N, K)
 
 
-def assign_data_twice_to_a_freed_address(layer: pbm.nn.Linear) -> None:
-    address = layer.weight.data_ptr()
-    for _ in range(50):
-        layer.weight.data = torch.randn(N, K)
-        assert layer.weight.data_ptr() != address  # the packed copy keeps the old memory
+def assign_data_at_the_freed_address(layer: pbm.nn.Linear) -> None:
+    """The same address, counter and samples, and another element."""
+    memory = bytearray(4 * N * K)
+    layer.weight.data = torch.frombuffer(memory, dtype=torch.float32).view(N, K)
+    layer(x())
+    layer.weight.data = torch.empty(0)
+    again = torch.frombuffer(memory, dtype=torch.float32).view(N, K)
+    again[3, 4] += 1
+    layer.weight.data = again
+
+
+def other_strides_at_the_address(layer: pbm.nn.Linear) -> None:
+    layer.weight.data = layer.weight.data.as_strided((N, K), (1, N))
+
+
+def fewer_rows_at_the_address(layer: pbm.nn.Linear) -> None:
+    layer.weight.data, layer.bias.data = layer.weight.data[:8], layer.bias.data[:8]
+
+
+def another_parameter_on_the_data(layer: pbm.nn.Linear) -> None:
+    data = layer.weight.data
+    layer.weight[3, 4] += 1
+    del layer.weight  # so that the new one may get its id; its counter is the packed one's
+    layer.weight = nn.Parameter(data)
+
+
+def swapped_tensors(layer: pbm.nn.Linear) -> None:
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(N, K)))
 
 
 def vector_to_parameters(layer: pbm.nn.Linear) -> None:
@@ -150,7 +173,11 @@ def through_half(layer: pbm.nn.Linear) -> None:
 CHANGES = [
     swap_parameter,
     assign_data,
-    assign_data_twice_to_a_freed_address,
+    assign_data_at_the_freed_address,
+    other_strides_at_the_address,
+    fewer_rows_at_the_address,
+    another_parameter_on_the_data,
+    swapped_tensors,
     edit_data_then_forget,
     edit_data_then_change_mode,
     numpy_write,
@@ -180,6 +207,43 @@ def test_every_change_of_the_weight_is_seen(change) -> None:
         change(layer)
     for _ in range(2):
         assert_current(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_smallest_weight(dtype: torch.dtype) -> None:
+    layer = pbm.nn.Linear(1, 1, bias=False, dtype=dtype)
+    one = torch.ones(1, 1, dtype=dtype)
+    with torch.no_grad():
+        for value in (3.0, 5.0):
+            layer.weight.data.fill_(value)
+            assert layer(one) == value
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_on_a_buffer_that_the_weight_is_a_view_of_is_seen(fused: bool) -> None:
+    layer = packed_layer()
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in layer.parameters()]))
+    layer.weight.data = flat.data[: N * K].view(N, K)
+    layer.bias.data = flat.data[N * K :]
+    optimizer = torch.optim.SGD([flat], lr=0.1, fused=fused)
+    for row in range(0, N, 5):
+        assert_current(layer)
+        flat.grad = torch.zeros_like(flat)
+        flat.grad[row * K + 7] = 10.0
+        optimizer.step()
+    assert_current(layer)
+
+
+def test_tied_layers_convert_by_swapping() -> None:
+    layer = packed_layer()
+    embedding = nn.Embedding(N, K)
+    embedding.weight = layer.weight
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        nn.ModuleList([embedding, layer]).half()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer.weight is embedding.weight and layer.weight.dtype == torch.float16
 
 
 def test_inference_tensors_are_never_cached() -> None:
@@ -220,6 +284,25 @@ def test_copies_die_with_the_parameter() -> None:
     gc.collect()
     assert key not in _packing._entries
     assert packed() is None
+
+
+def test_copies_die_with_the_memory() -> None:
+    layer = packed_layer()
+    copy_ = weakref.ref(layer._packed.copies[0])
+    layer.weight.data = torch.randn(N, K)
+    gc.collect()
+    assert copy_() is None
+    assert_current(layer)
+
+
+def test_a_step_frees_the_copies() -> None:
+    layer = packed_layer()
+    copy_ = weakref.ref(layer._packed.copies[0])
+    other = nn.Parameter(torch.zeros(1))
+    torch.optim.SGD([other]).step()
+    gc.collect()
+    assert copy_() is None
+    assert_current(layer)
 
 
 def test_deepcopy_and_pickle_leave_the_copy_behind() -> None:

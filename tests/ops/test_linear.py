@@ -54,6 +54,7 @@ def test_linear_packed(
 ) -> None:
     case = make_case(shape, dtype)
     panels = ops.pack_linear_weight(case.weight, packed)
+    packed = "bf16" if dtype == torch.bfloat16 else packed
     actual = case.each(lambda x: ops.linear_packed(x, panels, shape[1]))
     assert _native.last_kernel() == f"gemm_{'bf16' if packed == 'bf16' else 'f32'}.{isa}"
     check_product(case, packed, actual)
@@ -68,11 +69,13 @@ def test_packed_layout(
     """Panels of 16 columns, groups of 64 bytes, zeros behind the edges: element by element."""
     weight = torch.randn(shape).to(dtype)
     n, k = shape
-    lanes = 2 if precision == "bf16" else 1
+    bf16 = precision == "bf16" or dtype == torch.bfloat16
+    packed = torch.bfloat16 if bf16 else torch.float32
+    lanes = 4 // packed.itemsize
     padded = torch.zeros(-(-n // 16) * 16, -(-k // lanes) * lanes)
-    padded[:n, :k] = (weight.bfloat16() if precision == "bf16" else weight).float()
+    padded[:n, :k] = weight.to(packed).float()
     expected = padded.view(-1, 16, padded.shape[1] // lanes, lanes).transpose(1, 2).flatten(2)
-    expected = expected.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    expected = expected.to(packed)
     for _, w in layouts(weight):
         assert_exact(ops.pack_linear_weight(w, precision), expected)
 

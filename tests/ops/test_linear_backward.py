@@ -107,6 +107,29 @@ def test_only_what_is_needed(needs: int) -> None:
             assert_exact(leaf.grad, whole)
 
 
+@pytest.mark.parametrize("rows", [(6,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("needs", range(1, 8))
+def test_what_no_gradient_needs_is_not_kept(needs: int, rows: tuple[int, ...]) -> None:
+    """An activation beside a frozen weight, a weight beside raw input; the gradients are right."""
+    need_x, need_w, need_b = (bool(needs & 1 << i) for i in range(3))
+    x, w, b = torch.randn(*rows, 20), torch.randn(18, 20), torch.randn(18)
+    leaves = [t.requires_grad_(need) for t, need in ((x, need_x), (w, need_w), (b, need_b))]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ops.linear(*leaves)
+    assert {t.data_ptr() for t in saved} == {
+        t.data_ptr() for t, kept in ((x, need_w), (w, need_x)) if kept
+    }
+    wanted = [t for t in leaves if t.requires_grad]
+    dy = torch.randn_like(y)
+    theirs = torch.autograd.grad(F.linear(*leaves), wanted, dy)
+    exact = torch.autograd.grad(F.linear(*(t.double() for t in leaves)), wanted, dy.double())
+    for got, other, reference in zip(
+        torch.autograd.grad(y, wanted, dy), theirs, exact, strict=True
+    ):
+        assert_no_worse(got, other, reference.double())
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_strides(isa: str, dtype: torch.dtype) -> None:
     dy, x, w = (

@@ -106,17 +106,25 @@ def test_subnormal_bf16_is_zero_or_right(isa: str, op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_huge_inputs(isa: str, op: str) -> None:
     """1e36 times weights of order 1: far from overflow, and no intermediate step may overflow."""
-    x = torch.randn(M, K) * 1e36
-    y, exact = OPS[op](x), linear64(x, W)
-    assert y.isfinite().all()
-    assert (y.double() - exact).norm() <= 0.02 * exact.norm()
+    x = torch.randn(M, K)
+    huge, usual = (float(relative_error(op, scale * x)) for scale in (1e36, 1.0))
+    # The same digits but for what 1e36 rounds in x; int8 and bf16 round x again, elsewhere.
+    assert huge <= 1.25 * usual
+
+
+def relative_error(op: str, x: Tensor) -> Tensor:
+    exact = linear64(x, W)
+    return (OPS[op](x).double() - exact).norm() / exact.norm()
 
 
 @pytest.mark.parametrize("op", ["linear", "packed"])
 def test_overflow_is_infinity(isa: str, op: str) -> None:
+    """Terms of one sign a column: whatever their order, the sum is ∞ with that sign."""
+    sign = W[:, :1].sign()
+    w = sign * W.abs().clamp(0.5, 1.0)
     x = torch.full((2, K), 3e38)
-    y, exact = OPS[op](x.sign() * 3e38), linear64(x, W)
-    assert (y.isinf() | y.isnan() | ((y.double() - exact).abs() < 1e36)).all()
+    y = ops.linear(x, w) if op == "linear" else ops.linear_packed(x, ops.pack_linear_weight(w), N)
+    assert_exact(y, (torch.inf * sign).t().expand(2, N))
     half = ops.linear_packed(
         torch.full((1, 4), 6e4).half(), ops.pack_linear_weight(torch.ones(2, 4)), 2
     )

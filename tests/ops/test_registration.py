@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pybigmodel import ops
 from pybigmodel.testing import assert_exact, assert_no_worse
@@ -197,8 +198,67 @@ def test_inference_ops_refuse_gradients(argument: str) -> None:
             call()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap() -> None:
     """torch falls back to a loop for ops without a batching rule: slow, and right."""
-    x, w = torch.randn(4, 5, 20), torch.randn(18, 20)
+    x, w = torch.randn(4, 5, 20), torch.randn(18, 20, requires_grad=True)
     y = torch.func.vmap(lambda t: ops.linear(t, w))(x)
     assert_exact(y, ops.linear(x, w))
+    (got,), (expected,) = (torch.autograd.grad(z.square().sum(), w) for z in (y, ops.linear(x, w)))
+    assert_no_worse(got, expected, expected.double())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "residual"])
+def test_forward_mode_is_refused(name: str) -> None:
+    packed, scale = packed_int8()
+    given = {"input": torch.randn(5, 20), "bias": torch.randn(18), "residual": torch.randn(5, 18)}
+    given["weight"] = torch.randn(18, 20)
+    panels = ops.pack_linear_weight(given["weight"])
+    with torch.no_grad(), forward_ad.dual_level():
+        given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        x, w, rest = given.pop("input"), given.pop("weight"), given
+        calls: dict[str, Callable[[], Any]] = {
+            "linear": lambda: ops.linear(x, w, **rest),
+            "linear_packed": lambda: ops.linear_packed(x, panels, 18, **rest),
+            "int8_linear": lambda: ops.int8_linear(x, packed, scale, **rest),
+            "int8_weight_only_linear": lambda: ops.int8_weight_only_linear(
+                x, packed, scale, **rest
+            ),
+        }
+        if name == "input":
+            calls["quantize_per_token"] = lambda: ops.quantize_per_token(x)
+        if name == "weight":
+            calls = {
+                "linear": calls["linear"],
+                "pack_linear_weight": lambda: ops.pack_linear_weight(w),
+            }
+        if name == "residual":  # of linear it is torch's addition
+            tangent = forward_ad.unpack_dual(calls.pop("linear")()).tangent
+            assert_exact(tangent, torch.ones(5, 18))
+        for op, call in calls.items():
+            with pytest.raises(NotImplementedError, match=f"{op}: {name} is a dual tensor"):
+                call()
+
+
+def test_the_residual_of_linear_has_the_outputs_shape_and_dtype() -> None:
+    x, w = torch.randn(5, 20), torch.randn(18, 20)
+    for bad in (torch.randn(18), torch.randn(3, 5, 18), torch.randn(5, 18).double()):
+        got = rf"got {str(bad.dtype)[6:]} of shape {re.escape(str(tuple(bad.shape)))}"
+        with pytest.raises(RuntimeError, match=f"linear: residual must be float32 of .*{got}"):
+            ops.linear(x, w, residual=bad)
+    good = torch.randn(5, 18)
+    compiled = torch.compile(
+        lambda r: ops.linear(x, w, residual=r), fullgraph=True, backend=BACKEND
+    )
+    assert_exact(compiled(good), ops.linear(x, w, residual=good))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, w, residual=good).dtype == torch.bfloat16
+
+
+def test_unhashable_names_are_refused() -> None:
+    x, w = torch.randn(5, 20), torch.randn(18, 20)
+    with pytest.raises(ValueError, match=r"precision must be 'fp32' or 'bf16'; got \[\]"):
+        ops.linear(x, w, precision=[])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"activation must be one of .*; got \[\]"):
+        ops.linear(x, w, activation=[])  # type: ignore[arg-type]

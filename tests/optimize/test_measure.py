@@ -10,6 +10,10 @@ from torch import nn
 
 import pybigmodel as pbm
 from pybigmodel import _measure
+from pybigmodel._console import OtherLoad
+from pybigmodel.testing import interleave, timers
+
+NOTHING = "nothing finite and non-zero to compare on example_inputs"
 
 
 def left(model: nn.Module, *args, **kwargs) -> dict[str, str | None]:
@@ -97,3 +101,101 @@ def test_inputs_as_keywords_and_hooks_that_change_them(x, twice_as_fast) -> None
 def test_not_finite_activations(x, twice_as_fast) -> None:
     x[2, 3] = torch.inf
     assert left(nn.Sequential(nn.Linear(40, 8)), example_inputs=x) == {"0": None}
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """What `time_pair` is given in turn, on a quiet machine; the lengths that it asked for."""
+    asked, given = [], []
+
+    def rounds(original, candidate, x, count):
+        asked.append(count)
+        return given.pop(0)
+
+    monkeypatch.setattr(_measure, "_rounds", rounds)
+    monkeypatch.setattr(OtherLoad, "cores", lambda self: 0.0)
+    return asked, given
+
+
+def ratio() -> float:
+    original, candidate = _measure.time_pair(nn.Linear(1, 1), nn.Linear(1, 1), torch.ones(1, 1))
+    return original / candidate
+
+
+def test_a_bad_round_does_not_decide(rounds) -> None:
+    asked, given = rounds
+    given.append(([3.0, 3.1, 3.0, 2.9, 3.0], [1.0, 1.0, 30.0, 1.0, 1.0]))
+    assert ratio() == 3.0 and asked == [_measure.ROUNDS]
+
+
+def test_a_machine_that_slows_down_does_not_decide(rounds) -> None:
+    _, given = rounds
+    given.append(([2.0, 2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 1.0, 10.0, 10.0]))
+    assert ratio() == 2.0
+
+
+@pytest.mark.parametrize(
+    "first",
+    [([1.0, 1.0, 1.1, 1.0, 1.0], [1.0] * 5), ([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)],
+    ids=["near 1", "wide"],
+)
+def test_doubt_is_measured_longer(rounds, first) -> None:
+    asked, given = rounds
+    given += [first, ([2.0] * 12, [1.0] * 12)]
+    assert ratio() == 2.0 and asked == [_measure.ROUNDS, _measure.MORE_ROUNDS]
+
+
+def test_other_load_is_measured_longer_and_kept(rounds, monkeypatch) -> None:
+    asked, given = rounds
+    given += [([2.0] * 5, [1.0] * 5), ([2.0] * 12, [1.0] * 12)]
+    monkeypatch.setattr(OtherLoad, "cores", lambda self: 1.3)
+    layer = nn.Linear(3, 3)
+    trial = _measure.Trial(layer, pbm.nn.Linear.from_linear(layer))
+    _measure.run_trials(layer, torch.ones(2, 3), {"": trial})
+    assert asked == [_measure.ROUNDS, _measure.MORE_ROUNDS]
+    assert (trial.speedup, trial.other_load) == (2.0, 1.3)
+
+
+def test_turns_have_medians() -> None:
+    timings = interleave({"a": [int], "b": [int]}, rounds=3, seconds=1e-4, require_idle=False)
+    assert [len(timing.turn_medians) for timing in timings.values()] == [3, 3]
+
+
+def test_a_process_that_never_rests_is_measured_all_the_same(monkeypatch) -> None:
+    def never(**_):
+        raise TimeoutError
+
+    monkeypatch.setattr(timers, "wait_until_idle", never)
+    layer = nn.Linear(8, 8)
+    seconds = _measure.time_pair(layer, pbm.nn.Linear.from_linear(layer), torch.ones(2, 8))
+    assert min(seconds) > 0
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf], ids=str)
+def test_nothing_to_compare(value, twice_as_fast) -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    fast = pbm.optimize(layer, example_inputs=torch.full((4, 8), value))
+    (row,) = pbm.report(fast)
+    assert type(fast) is nn.Linear and row.left == NOTHING
+    assert row.error is row.speedup is None
+    assert not twice_as_fast
+
+
+def test_empty_inputs_say_nothing(twice_as_fast) -> None:
+    layer = nn.Linear(8, 8)
+    trial = _measure.Trial(layer, pbm.nn.Linear.from_linear(layer))
+    pbm.ops.linear(torch.ones(1, 8), torch.ones(8, 8))  # a kernel that ran before
+    _measure.run_trials(layer, torch.ones(0, 8), {"": trial})
+    assert trial.kernel is None and trial.failure == NOTHING
+
+
+def test_one_call_that_says_something_is_enough(twice_as_fast) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.layer(x * 0) + self.layer(x)
+
+    assert left(Twice(), example_inputs=torch.ones(2, 8)) == {"layer": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import pybigmodel as pbm
 from pybigmodel._measure import difference
+from pybigmodel._report import Report, Row, log_rows
 
 PRECISIONS = ["fp32", "bf16", "int8"]
 BOUND = {"fp32": 1e-6, "bf16": 1e-2, "int8": 3e-2}
@@ -23,7 +25,7 @@ def test_report(model, x, twice_as_fast) -> None:
     assert lines[0].split()[:2] == ["path", "layer"]
     assert "first   Linear(40, 64)  pybigmodel.nn.Int8Linear" in text
     assert "2.00×" in text and "in exclude" in text
-    assert lines[-1].startswith("3 of 4 linear layers replaced")
+    assert any(line.startswith("3 of 4 linear layers replaced") for line in lines)
     assert "<td>in exclude</td>" in report._repr_html_()
     facts = json.loads(report.to_json())
     assert facts == json.loads(json.dumps(report.to_dict()))
@@ -34,6 +36,34 @@ def test_report(model, x, twice_as_fast) -> None:
     assert row["bytes_before"] == 64 * 40 * 4
     # packed with column sums, scales, original
     assert row["bytes_after"] == 64 * 44 + 64 * 4 + 64 * 40 * 4
+
+
+def test_a_report_is_a_sequence_of_rows(model) -> None:
+    report = pbm.report(pbm.optimize(model))
+    assert len(report) == 4
+    assert [row.path for row in report] == ["first", "body.0", "body.2", "head"]
+
+
+ROWS = (
+    Row("a", "Linear(2, 3)", "fp32", "pybigmodel.nn.Linear", speedup=2.0, other_load=1.26),
+    Row("b", "Linear(2, 3)", "fp32", left="in exclude", other_load=0.02),
+)
+
+
+def test_report_says_that_the_machine_was_busy() -> None:
+    note = "Other processes kept 1.3 cores busy meanwhile: do not rely on these figures."
+    assert str(Report(ROWS)).splitlines()[-1] == note
+    assert note in Report(ROWS)._repr_html_()
+    assert "Other processes" not in str(Report(ROWS[1:]))
+
+
+def test_what_was_done_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pybigmodel"):
+        log_rows(ROWS)
+    assert caplog.messages == [
+        "optimize: a, Linear(2, 3): pybigmodel.nn.Linear, 2.00×",
+        "optimize: b, Linear(2, 3): left as is, in exclude",
+    ]
 
 
 def test_report_bytes_are_those_of_the_packed_weight(model, x) -> None:
@@ -53,7 +83,7 @@ def test_a_second_call_keeps_the_rows_of_the_first(model, x, twice_as_fast) -> N
     rows = {row.path: row for row in pbm.report(model).rows}
     assert rows["body.0"].precision == "int8" and rows["body.0"].speedup == 2.0
     assert rows["head"].precision == "fp32"
-    assert all(row.left is None for row in rows.values())
+    assert all(row.replaced_by is not None for row in rows.values())
     pbm.restore(model)
     assert all(type(m) is not pbm.nn.Linear for m in model.modules())
 

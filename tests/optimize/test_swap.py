@@ -166,3 +166,52 @@ def test_restore_frees_the_packed_copies(model, x) -> None:
     assert any(weight in _packing._entries for weight in weights)
     pbm.restore(fast)
     assert not any(weight in _packing._entries for weight in weights)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_restore_after_loading_gives_what_was_loaded(model, x, assign) -> None:
+    fast, other = pbm.optimize(type(model)(), "int8"), pbm.optimize(model, "int8")
+    fast.load_state_dict(other.state_dict(), assign=assign)
+    with torch.no_grad():
+        y = fast(x)
+    weight, bias = fast.head.dequantized_weight(), fast.head.bias.clone()
+    pbm.restore(fast)
+    assert torch.equal(fast.head.weight, weight) and torch.equal(fast.head.bias, bias)
+    assert all(p.requires_grad for p in fast.parameters())
+    with torch.no_grad():
+        assert difference(fast(x), y)[0] < BOUND["int8"]
+
+
+def test_restore_keeps_edits_of_the_bias(model) -> None:
+    fast = pbm.optimize(model, "int8")
+    fast.head.bias.add_(1)
+    fast.first.bias = None
+    pbm.restore(fast)
+    assert torch.equal(fast.head.bias, model.head.bias + 1)
+    assert fast.first.bias is None
+    assert torch.equal(fast.head.weight, model.head.weight)
+
+
+def test_copy_keeps_the_original(model) -> None:
+    layer = pbm.optimize(model.head, "int8")
+    assert torch.equal(pbm.restore(copy.copy(layer)).weight, model.head.weight)
+
+
+def test_restore_refuses_layers_that_became_another_class(model) -> None:
+    fast = pbm.optimize(model)
+    nn.utils.parametrize.register_parametrization(fast.head, "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match=r"restore: head cannot be put back.*Parametrized"):
+        pbm.restore(fast)
+    assert type(fast.first) is pbm.nn.Linear  # nothing was
+    nn.utils.parametrize.remove_parametrizations(fast.head, "weight")
+    assert type(pbm.restore(fast).head) is nn.Linear
+
+
+def test_another_precision_is_not_silently_the_first(model) -> None:
+    fast = pbm.optimize(pbm.optimize(model), "int8", exclude="first")
+    rows = {row.path: row for row in pbm.report(fast).rows}
+    assert rows["head"].precision == "fp32" and rows["head"].replaced_by == "pybigmodel.nn.Linear"
+    assert rows["head"].left == "in fp32 since an earlier call; pbm.restore it to have int8"
+    assert rows["first"].left is None
+    again = pbm.optimize(pbm.restore(fast), "int8")
+    assert {row.precision for row in pbm.report(again).rows} == {"int8"}

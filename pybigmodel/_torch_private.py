@@ -1,0 +1,140 @@
+"""Every private name of torch that this package uses, each with a substitute for a torch that has
+renamed it: slower or less informed, never wrong, and no failure to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
+from torch.compiler import is_dynamo_compiling
+
+
+def _private(name: str, substitute: Any) -> Any:
+    return getattr(torch._C, name, substitute)
+
+
+# Whether this call is seen by a mode of torch_dispatch (fake tensors, tracing, counting): unknown
+# counts as seen.
+dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
+# None outside torch.jit.trace.
+jit_tracing_state: Callable[[], Any] = _private(
+    "_get_tracing_state", lambda: getattr(torch.jit, "is_tracing", bool)() or None
+)
+autocast_enabled: Callable[[], bool] = _private(
+    "_is_any_autocast_enabled",
+    lambda: torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+)
+# `_current_level` is negative outside forward-mode differentiation: unknown counts as inside.
+forward_ad: Any = (
+    _forward_ad if hasattr(_forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
+)
+# Whether an op has a kernel for a dispatch key: unknown counts as yes, and the call raises.
+has_kernel: Callable[[str, str], bool] = _private(
+    "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True
+)
+
+
+def is_dual(value: Any) -> bool:
+    return isinstance(value, Tensor) and _forward_ad.unpack_dual(value).tangent is not None
+
+
+def _autocast_guard(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    guard = _private("_ExcludeDispatchKeyGuard", None)
+    try:
+        key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    except AttributeError:
+        guard = None
+    if guard is None:
+        return lambda: torch.autocast(device, enabled=False)
+    return lambda: guard(key)
+
+
+_autocast_guards = {device: _autocast_guard(device) for device in ("cpu", "cuda")}
+
+
+def below_autocast(device: str) -> AbstractContextManager[Any]:
+    """The ops called within are not cast again."""
+    return _autocast_guards[device]()
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """What Function.apply ends in, without its inspect.signature at every call, where that will do:
+    outside torch.func and torch.compile."""
+    transforms_active = _private("_are_functorch_transforms_active", lambda: True)
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def call(*args: Any) -> Any:
+        if is_dynamo_compiling() or transforms_active():
+            return function.apply(*args)
+        return apply(*args)
+
+    return call
+
+
+def register_function(
+    library: torch.library.Library, op: Any, function: type[torch.autograd.Function]
+) -> None:
+    """Make `op` differentiate as `function` does, whose forward calls `below_autograd(op, ...)`.
+
+    Where nothing is differentiated it is not entered. torch.library.register_autograd, the
+    substitute, costs more at every call and cannot be used under torch.func.
+    """
+    try:
+        kernel = _autograd_kernel(op, function)
+    except AttributeError:
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            function.setup_context(ctx, inputs, output)
+
+        torch.library.register_autograd(op.name(), function.backward, setup_context=setup_context)
+    else:
+        library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _autograd_kernel(op: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    any_requires_grad = torch._C._any_requires_grad
+    transforms_active = torch._C._are_functorch_transforms_active
+    below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
+    is_grad_enabled, before_transforms = torch.is_grad_enabled, _before_transforms()
+    apply = applied(function)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(is_dual, args)):
+            function.jvp(None)  # at the latest; torch.func may call it itself
+        if is_grad_enabled() and any_requires_grad(*args):
+            if not transforms_active():
+                return apply(*args)
+            with before_transforms():
+                return apply(*args)
+        with below():
+            return op.redispatch(keyset & after, *args)
+
+    return kernel
+
+
+def _before_transforms() -> Callable[[], AbstractContextManager[Any]]:
+    """torch.func as the caller of an op has it: a Function starts from there, not from within the
+    innermost transform, where the op's kernel is called."""
+    guard, include = torch._C._ForceDispatchKeyGuard, torch._C._dispatch_tls_local_include_set
+    exclude, key = torch._C._dispatch_tls_local_exclude_set, torch._C.DispatchKey
+    keys = torch._C.DispatchKeySet(key.FuncTorchDynamicLayerFrontMode)
+    for other in (key.FuncTorchGradWrapper, key.FuncTorchBatched, key.FuncTorchVmapMode):
+        keys = keys.add(other)
+    return lambda: guard(include(), exclude() - keys)
+
+
+_below_autograd = _private("_AutoDispatchBelowAutograd", nullcontext)
+
+
+def below_autograd(op: Any, *args: Any) -> Any:
+    """The op without its autograd: half the time of a small call that records nothing."""
+    with _below_autograd():
+        return op(*args)

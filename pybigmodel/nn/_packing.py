@@ -37,6 +37,7 @@ from pybigmodel._torch_private import below_autocast, dispatch_modes, jit_tracin
 from pybigmodel.ops import _checks as check
 from pybigmodel.ops import _flops
 from pybigmodel.ops._autocast import cast
+from pybigmodel.ops._common import has_width
 
 _STALE = -1  # no version counter gets there
 # Elements (of 4 bytes) compared at each call. Each may be a cache miss: 64 of them took a tenth of
@@ -57,7 +58,7 @@ class Packed:
 
     __slots__ = (
         *("_address", "_bits", "_contiguous", "_id", "_sample", "_shape", "_storage", "_stride"),
-        *("__weakref__", "copies", "dtype", "out_features", "version"),
+        *("__weakref__", "copies", "dtype", "in_shape", "out_features", "version"),
     )
 
     def __init__(self) -> None:
@@ -70,6 +71,7 @@ class Packed:
         self.dtype: torch.dtype | None = None
         self.version = _STALE
         self.out_features = 0
+        self.in_shape: tuple[int, ...] = ()  # the last dimension of inputs
         self.copies: dict[int, Tensor] = {}
 
     @classmethod
@@ -88,6 +90,7 @@ class Packed:
         self.dtype = weight.dtype
         self.version = weight._version
         self.out_features = weight.shape[0]
+        self.in_shape = weight.shape[1:]
         return self
 
     def is_current(self, weight: Any) -> bool:
@@ -139,6 +142,7 @@ def _copy_of(sample: memoryview) -> memoryview:
 
 
 NOT_PACKED = Packed()
+_steps = 0  # of all optimizers
 _entries: dict[int, Packed] = {}  # by id of the Parameter; tied layers find the same entry
 
 
@@ -204,11 +208,18 @@ def _after_optimizer_step(
 ) -> None:
     # A compiled step moves the counters itself: of what it steps, not of what shares its memory.
     if not torch.compiler.is_compiling():
+        global _steps
+        _steps += 1
         while _entries:
             _entries.popitem()[1].discard()
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def moment(weight: Tensor) -> tuple[int, int]:
+    """What moves when training changes the weight: a hint, which is_current must confirm."""
+    return weight._version, _steps
 
 
 # --- linear_cached: the product with the packed copy, looked up when it runs ---------------------
@@ -227,6 +238,9 @@ _library.define(
 
 def linear_as_packed(input: Tensor, weight: Tensor, bias: Tensor | None, precision: int) -> Tensor:
     y: Tensor
+    if not has_width(input, weight.shape[1]):  # the packed weight knows its width to 2 only
+        check.check_input("linear", input)
+        check.check_matrix("linear", input, weight)
     if not cacheable(weight) and input.dtype == weight.dtype:
         y = _linear(input, weight, bias, precision)
     else:  # of another dtype: under autocast

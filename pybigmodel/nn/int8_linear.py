@@ -13,11 +13,13 @@ from torch import Tensor
 from pybigmodel._torch_private import applied, forward_ad
 from pybigmodel.ops import pack_int8_linear_weight, quantize_weight
 from pybigmodel.ops._checks import MAX_INT8_K, PANEL
-from pybigmodel.ops._common import no_kernel, refuse_forward_mode
+from pybigmodel.ops._common import has_width, no_kernel, refuse_forward_mode
 
 _int8_linear = torch.ops.pybigmodel.int8_linear.default
 _int8_weight_only_linear = torch.ops.pybigmodel.int8_weight_only_linear.default
 _is_grad_enabled = torch.is_grad_enabled
+# In a state_dict. Not "weight", which with strict=False a float layer would load.
+_KEY = "weight_int8"
 
 
 class Int8Linear(torch.nn.Module):
@@ -38,7 +40,7 @@ class Int8Linear(torch.nn.Module):
 
     The weight is held once, in the packed layout (a buffer that the state_dict leaves out), so
     there is no second copy that could be out of date. ``weight`` unpacks it. The state_dict holds
-    ``weight`` int8 (out_features, in_features), ``weight_scale`` float32 (out_features,) and
+    ``weight_int8`` (out_features, in_features), ``weight_scale`` float32 (out_features,) and
     ``bias``; so does a pickle.
 
     Raises:
@@ -125,7 +127,13 @@ class Int8Linear(torch.nn.Module):
         y: Tensor
         if forward_ad._current_level >= 0:
             refuse_forward_mode("pybigmodel.nn.Int8Linear", input=input)
-        if _is_grad_enabled() and input.requires_grad is True:  # torch.fx has a proxy there
+        # The packed weight knows its width to 4 only. torch.fx comes with a proxy, which has none.
+        if isinstance(input, Tensor) and not has_width(input, self.in_features):
+            raise RuntimeError(
+                "pybigmodel.nn.Int8Linear: input's last dimension must be in_features = "
+                f"{self.in_features}, got input of shape {tuple(input.shape)}"
+            )
+        if _is_grad_enabled() and input.requires_grad is True:
             y = _without_gradient(input, self)
             return y
         try:
@@ -158,7 +166,7 @@ class Int8Linear(torch.nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + _KEY] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -171,7 +179,7 @@ class Int8Linear(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "weight"
+        key = prefix + _KEY
         others = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -180,7 +188,12 @@ class Int8Linear(torch.nn.Module):
         if weight is not None or prefix + "weight_scale" in state_dict:
             self._free_original()
         if weight is None:
-            if strict:
+            if prefix + "weight" in state_dict:
+                error_msgs.append(
+                    f"{key} must be in the state_dict, got {prefix}weight, a float layer's; "
+                    "Int8Linear.from_linear quantises a float layer"
+                )
+            elif strict:
                 missing_keys.append(key)
             return
         shape = (self.out_features, self.in_features)

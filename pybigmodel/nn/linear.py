@@ -22,15 +22,18 @@ from pybigmodel.nn._packing import (
     linear_as_packed,
     linear_cached,
     linear_under_autocast,
+    moment,
     packed_for,
 )
 from pybigmodel.ops._common import (
     PRECISIONS,
     ForwardModeError,
+    has_width,
     no_kernel,
     precision_code,
     refuse_forward_mode,
 )
+from pybigmodel.ops.linear import linear_from_packed
 
 _linear = torch.ops.pybigmodel.linear.default
 _linear_packed = torch.ops.pybigmodel.linear_packed.default
@@ -45,10 +48,10 @@ _ADVICE = (
 class Linear(torch.nn.Linear):
     """Drop-in for :class:`torch.nn.Linear`, in inference and in training.
 
-    ``y = x·Wᵀ + b``. The parameters, their names and the state_dict are torch's. Where no gradient
-    is wanted the weight is used in a packed copy, made at the first call, beside the weight (as
-    many bytes again; half for "bf16" of float32) and in no checkpoint; where one is, the weight is
-    packed on the way and the layer differentiates.
+    ``y = x·Wᵀ + b``. The parameters, their names and the state_dict are torch's. The weight is used
+    in a packed copy, beside it (as many bytes again; half for "bf16" of float32) and in no
+    checkpoint: made at the first call where no gradient is wanted, and where one is, at the second
+    with the same weight. A weight that changes at every call, as in training, is packed on the way.
 
     Args:
         in_features, out_features, bias, device, dtype: as torch's.
@@ -131,6 +134,8 @@ class Linear(torch.nn.Linear):
             and packed.is_current(weight)
             and bias is not _MISSING
             and input.dtype is packed.dtype
+            and not input.is_nested  # which may have no shape
+            and input.shape[-1:] == packed.in_shape
             and not autocast_enabled()
             and dispatch_modes() == 0
             and forward_ad._current_level < 0
@@ -156,12 +161,14 @@ class Linear(torch.nn.Linear):
             refuse_forward_mode("pybigmodel.nn.Linear", input=input, weight=weight, bias=bias)
         y: Tensor
         try:
-            if _wants_gradient(input, weight, bias) or not cacheable(weight):
+            if not cacheable(weight):
                 y = _linear(input, weight, bias, self._precision)
+            elif _wants_gradient(input, weight, bias):
+                y = self._with_gradient(input, weight, bias)
             elif torch.is_autocast_enabled("cpu"):
                 y = linear_under_autocast(linear_as_packed, input, weight, bias, self._precision)
-            elif input.dtype != weight.dtype:  # the op names the mismatch
-                y = _linear(input, weight, bias, self._precision)
+            elif input.dtype != weight.dtype or not has_width(input, weight.shape[1]):
+                y = _linear(input, weight, bias, self._precision)  # which names the mismatch
             else:
                 self._packed, copy = packed_for(weight, self._precision)
                 y = _linear_packed(input, copy, weight.shape[0], bias, None, 0)
@@ -169,6 +176,25 @@ class Linear(torch.nn.Linear):
             raise
         except NotImplementedError as error:
             raise no_kernel("Linear", _ADVICE, input=input, weight=weight, bias=bias) from error
+        return y
+
+    def _with_gradient(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # In training a weight is used once between two steps, and packing it on the way is less
+        # work than making a copy; one that is met again as it was is worth it.
+        state, met = vars(self), moment(weight)
+        again = state.get("_met") == met
+        state["_met"] = met
+        y: Tensor
+        if (
+            again
+            and not torch.is_autocast_enabled("cpu")
+            and input.dtype == weight.dtype
+            and has_width(input, weight.shape[1])
+        ):
+            copy = packed_for(weight, self._precision)[1]
+            y = linear_from_packed(input, weight, bias, self._precision, copy)
+        else:
+            y = _linear(input, weight, bias, self._precision)
         return y
 
     def _traced(self, input: Tensor) -> Tensor:
@@ -191,6 +217,7 @@ class Linear(torch.nn.Linear):
         # Both: of a weight that is gone from here too, and of one that only compiled code packed.
         vars(self).get("_packed", NOT_PACKED).discard()
         self._packed = NOT_PACKED
+        vars(self).pop("_met", None)
         forget(self._parameters.get("weight"))
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:

@@ -57,6 +57,11 @@ def refuse_forward_mode(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def has_width(input: Tensor, in_features: int) -> bool:
+    """Whether a layer may take the input, or an op must say why not: a nested one has no shape."""
+    return input.is_nested or input.shape[-1:] == (in_features,)
+
+
 def no_kernel(layer: str, substitute: str, **tensors: Tensor | None) -> NotImplementedError:
     """What to raise where torch found no kernel for the layer's op."""
     got = ", ".join(

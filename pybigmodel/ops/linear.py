@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pybigmodel._torch_private import below_autograd, forward_ad, register_function
+from pybigmodel._torch_private import applied, below_autograd, forward_ad, register_function
 from pybigmodel.ops import _checks as check
 from pybigmodel.ops._autocast import cast, register_autocast
 from pybigmodel.ops._common import (
@@ -229,7 +229,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grads
-        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_input, need_weight, need_bias, *_ = ctx.needs_input_grad
         input, weight = _in_place_of_missing(grad_output, *ctx.saved_tensors)
         grad_input, grad_weight, grad_bias = _linear_backward(
             grad_output, input, weight, ctx.precision, need_input, need_weight, need_bias
@@ -244,6 +244,28 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
         raise ForwardModeError("linear: forward-mode derivatives are not implemented")
+
+
+class _LinearFromPacked(_Linear):
+    """With a packed copy of the weight, which stays the one that is differentiated."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        input: Tensor, weight: Tensor, bias: Tensor | None, precision: int, packed: Tensor
+    ) -> Tensor:
+        y: Tensor = below_autograd(_linear_packed, input, packed, weight.shape[0], bias, None, 0)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Linear.setup_context(ctx, inputs[:4], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_Linear.backward(ctx, *grads), None)
+
+
+linear_from_packed = applied(_LinearFromPacked)
 
 
 def _in_place_of_missing(

@@ -52,7 +52,7 @@ def test_state_dict(bias: bool) -> None:
     ours = pbm.nn.Int8Linear.from_linear(float_layer(bias=bias))
     state = ours.state_dict()
     assert {name: (t.dtype, tuple(t.shape)) for name, t in state.items()} == {
-        "weight": (torch.int8, (24, 40)),
+        "weight_int8": (torch.int8, (24, 40)),
         "weight_scale": (torch.float32, (24,)),
     } | ({"bias": (torch.float32, (24,))} if bias else {})
     assert list(ours.parameters()) == []
@@ -85,13 +85,16 @@ def test_state_dict_in_a_fresh_process(tmp_path) -> None:
 
 def test_loading_names_what_is_wrong() -> None:
     ours = pbm.nn.Int8Linear(40, 24)
-    with pytest.raises(RuntimeError, match=r"weight must be int8 of shape \(24, 40\), got .*float"):
+    with pytest.raises(RuntimeError, match=r"weight_int8 must be in .*, got weight, a float layer"):
         ours.load_state_dict(float_layer().state_dict(), strict=False)
     with pytest.raises(RuntimeError, match=r'Missing key.*"weight_scale"'):
         ours.load_state_dict(float_layer().state_dict())
     state = pbm.nn.Int8Linear.from_linear(float_layer()).state_dict()
-    del state["weight"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
+    wrong = {**state, "weight_int8": state["weight_int8"].float()}
+    with pytest.raises(RuntimeError, match=r"must be int8 of shape \(24, 40\), got .*float"):
+        ours.load_state_dict(wrong)
+    del state["weight_int8"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight_int8"'):
         ours.load_state_dict(state)
     ours.load_state_dict(state, strict=False)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*packed_weight"):
@@ -202,8 +205,6 @@ def test_bad_weights_are_named() -> None:
         pbm.nn.Int8Linear.from_linear(theirs)
     with pytest.raises(ValueError, match=f"in_features must be at most {MAX_INT8_K}"):
         pbm.nn.Int8Linear(MAX_INT8_K + 1, 1)
-    with pytest.raises(RuntimeError, match="in_features = 41"):
-        pbm.nn.Int8Linear(40, 24)(torch.randn(3, 41))
     with pytest.raises(RuntimeError, match="input must be float32, bfloat16 or float16"):
         pbm.nn.Int8Linear(40, 24)(torch.zeros(3, 40, dtype=torch.int64))
 
@@ -213,3 +214,17 @@ def test_repr() -> None:
     assert repr(layer) == (
         "Int8Linear(in_features=40, out_features=24, bias=False, weight_only, symmetric=False)"
     )
+
+
+@pytest.mark.parametrize("weight_only", [False, True])
+@pytest.mark.parametrize("width", [37, 38, 40, 41])
+def test_wrong_width(width: int, weight_only: bool) -> None:
+    layer = pbm.nn.Int8Linear.from_linear(torch.nn.Linear(39, 8), weight_only=weight_only)
+    with pytest.raises(RuntimeError, match=rf"in_features = 39, .*\(2, {width}\)"):
+        layer(torch.ones(2, width))
+
+
+def test_a_float_layer_does_not_take_its_integers() -> None:
+    state = pbm.nn.Int8Linear.from_linear(torch.nn.Linear(8, 8)).state_dict()
+    result = torch.nn.Linear(8, 8).load_state_dict(state, strict=False)
+    assert result.missing_keys == ["weight"]

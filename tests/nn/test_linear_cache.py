@@ -40,6 +40,8 @@ def assert_current(layer: nn.Linear) -> None:
     with torch.no_grad():
         expected = nn.functional.linear(x(), layer.weight, layer.bias)
         assert difference(layer(x()), expected)[0] < 1e-6
+    for _ in range(2):  # with gradients: packed on the way, then the copy
+        assert difference(layer(x()), expected)[0] < 1e-6
 
 
 def test_the_packed_weight_is_used_and_made_once() -> None:
@@ -50,6 +52,45 @@ def test_the_packed_weight_is_used_and_made_once() -> None:
         layer(x(1))
     assert layer._packed.copies is copies
     assert _native.last_kernel() == f"gemm_f32.{_native.active_isa()}"
+
+
+def test_with_gradients_a_weight_met_again_is_packed() -> None:
+    torch.manual_seed(0)
+    layer, torchs = pbm.nn.Linear(K, N), nn.Linear(K, N)
+    torchs.load_state_dict(layer.state_dict())
+    first = layer(x())
+    assert id(layer.weight) not in _packing._entries
+    second = layer(x())
+    assert list(_packing._entries[id(layer.weight)].copies) == [0]
+    assert torch.equal(first, second)
+    for y in (first, second, torchs(x()), torchs(x())):
+        y.square().sum().backward()
+    for p, q in zip(layer.parameters(), torchs.parameters(), strict=True):
+        assert difference(p.grad, q.grad)[0] < 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_makes_no_copies(fused: bool) -> None:
+    layer = pbm.nn.Linear(K, N)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        layer(x()).square().sum().backward()
+        assert id(layer.weight) not in _packing._entries
+        optimizer.step()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_wrong_width(precision: str, grad: bool) -> None:
+    """Of an odd one, too, which pairs of bf16 round up to the weight's."""
+    layer = pbm.nn.Linear(K, N, precision=precision)
+    with torch.set_grad_enabled(grad):
+        for width in (K, K, K - 1, K + 1):
+            if width == K:
+                layer(torch.ones(2, K))
+            else:
+                with pytest.raises(RuntimeError, match=rf"in_features = {K}.*\(2, {width}\)"):
+                    layer(torch.ones(2, width))
 
 
 OPTIMIZERS = {

@@ -111,7 +111,7 @@ def test_restore_without_originals_gives_what_int8_computed_with(model, x, lose)
 def test_originals_are_out_of_reach(model) -> None:
     fast = pbm.optimize(model, "int8")
     assert list(fast.parameters()) == []
-    assert set(fast.head.state_dict()) == {"weight", "weight_scale", "bias"}
+    assert set(fast.head.state_dict()) == {"weight_int8", "weight_scale", "bias"}
     assert list(fast.head.children()) == []
     again = copy.deepcopy(fast)
     pbm.restore(again)

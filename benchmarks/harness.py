@@ -18,7 +18,7 @@ from shapes import Problem
 from pybigmodel import _native
 from pybigmodel._console import OtherLoad
 from pybigmodel.testing import force_isa, roofline
-from pybigmodel.testing.timers import Timing, interleave
+from pybigmodel.testing.timers import STEADY, Timing, interleave
 
 Builder = Callable[[str, Problem], Contender]
 
@@ -38,7 +38,7 @@ class Measured:
 
 
 class Probe:
-    """The machine's limits for one problem, measured once a round."""
+    """The machine's limits for one problem: once a round, and its speed before each turn."""
 
     def __init__(self, problem: Problem, precisions: Iterable[str]) -> None:
         self._problem = problem
@@ -52,8 +52,13 @@ class Probe:
         if p.streaming and p.weight_level is not None:
             self._bandwidths.append(roofline.read_bandwidth(p.weight_level, p.threads, 0.015))
 
+    def speed(self) -> float:
+        return roofline.peak("fp32", self._problem.threads, 0.003)
+
     def peak(self, precision: str) -> float:
-        return statistics.median(self._peaks[precision])
+        """The median of the readings at about the machine's full speed, as of turns that count."""
+        best = max(self._peaks[precision])
+        return statistics.median(x for x in self._peaks[precision] if x >= STEADY * best)
 
     @property
     def bandwidth(self) -> float | None:
@@ -100,6 +105,7 @@ class Group:
             rounds=effort.rounds,
             seconds=effort.seconds,
             between=probe,
+            speed=probe.speed,
         )
         others = load.cores()
         for name, timing in timings.items():
@@ -110,6 +116,11 @@ class Group:
                     f"{problem} {name}: {timing.cpu_over_wall:.2f} cores busy for "
                     f"{problem.threads} threads: someone else's workers were spinning"
                 )
+        speeds = [turn.speed for timing in timings.values() for turn in timing.turns]
+        if min(speeds) < STEADY * max(speeds):
+            self.suspect.append(
+                f"{problem}: the machine's speed varied {max(speeds) / min(speeds):.2f}× meanwhile"
+            )
         if others > OtherLoad.ENOUGH_TO_MATTER:
             self.suspect.append(f"{problem}: other processes used {others:.2f} cores meanwhile")
         for name, timing in timings.items():

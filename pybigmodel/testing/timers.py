@@ -3,7 +3,8 @@
 What makes the figures comparable: the contenders take turns, so that a slow drift of the machine
 meets all of them; each turn starts only when the process is idle, because some runtimes' worker
 threads spin for tens of milliseconds after a call and take a core from whatever runs next; each
-turn warms up before it counts; and the CPU time spent per wall time is kept as evidence.
+turn warms up before it counts; the CPU time spent per wall time is kept as evidence; and where a
+shared machine slows down for seconds at a time, a probe before each turn says which turns count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -20,13 +21,36 @@ Call = Callable[[], object]
 
 
 @dataclass
-class Timing:
+class Turn:
     """Seconds per call, one entry a sample; a sample of short calls is the mean of many."""
 
-    samples: list[float] = field(default_factory=list)
-    turn_medians: list[float] = field(default_factory=list)
-    cpu_seconds: float = 0.0
-    wall_seconds: float = 0.0
+    samples: list[float]
+    cpu_seconds: float
+    wall_seconds: float
+    speed: float = 0.0  # of the machine, the lower of the readings before and after
+
+
+@dataclass
+class Timing:
+    """The turns of one contender that count."""
+
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[float]:
+        return [sample for turn in self.turns for sample in turn.samples]
+
+    @property
+    def turn_medians(self) -> list[float]:
+        return [statistics.median(turn.samples) for turn in self.turns]
+
+    @property
+    def wall_seconds(self) -> float:
+        return sum(turn.wall_seconds for turn in self.turns)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(turn.cpu_seconds for turn in self.turns)
 
     @property
     def median(self) -> float:
@@ -93,11 +117,12 @@ class Turns:
         self._calls_per_sample = 0
         self.timing = Timing()
 
-    def take(self, seconds: float) -> None:
+    def take(self, seconds: float) -> Turn:
         """Warm up, then sample for `seconds` (at least one sample, two in the first turn)."""
         self._warm_up(seconds)
-        timing, calls, inner = self.timing, self._calls, self._calls_per_sample
-        earlier = len(timing.samples)
+        calls, inner = self._calls, self._calls_per_sample
+        samples: list[float] = []
+        fewest = 1 if self.timing.turns else 2
         clock = time.perf_counter
         cpu_start, start = time.process_time(), clock()
         while True:
@@ -105,12 +130,13 @@ class Turns:
             for call in islice(calls, inner):
                 call()
             end = clock()
-            timing.samples.append((end - begin) / inner)
-            if end - start >= seconds and len(timing.samples) >= 2:
+            samples.append((end - begin) / inner)
+            if end - start >= seconds and len(samples) >= fewest:
                 break
-        timing.wall_seconds += clock() - start
-        timing.cpu_seconds += time.process_time() - cpu_start
-        timing.turn_medians.append(statistics.median(timing.samples[earlier:]))
+        wall, cpu = clock() - start, time.process_time() - cpu_start
+        turn = Turn(samples, cpu, wall)
+        self.timing.turns.append(turn)
+        return turn
 
     def _warm_up(self, seconds: float) -> None:
         # Small rotations are gone through once, so that what should lie in a cache does.
@@ -124,34 +150,62 @@ class Turns:
             self._calls_per_sample = max(1, round(self.sample_seconds / per_call))
 
 
+# A shared core's other half takes up to half of it, for seconds at a time; clocks differ by less.
+STEADY = 0.9
+
+
+def _steady(contenders: Iterable[Turns], rounds: int) -> bool:
+    """Whether each has `rounds` turns at about the highest speed seen."""
+    speeds = [[turn.speed for turn in contender.timing.turns] for contender in contenders]
+    best = max(max(of_one) for of_one in speeds)
+    return all(sum(speed >= STEADY * best for speed in of_one) >= rounds for of_one in speeds)
+
+
 def interleave(
     contenders: Mapping[str, Sequence[Call]],
     *,
     rounds: int = 5,
     seconds: float = 0.03,
     between: Call | None = None,
+    speed: Callable[[], float] | None = None,
     require_idle: bool = True,
 ) -> dict[str, Timing]:
     """Time every contender in `rounds` rounds, `seconds` a turn, each round in another order.
 
     `between` is called once a round when the process is idle: the place for a probe of the machine.
+    `speed` is called before each turn and says how fast the machine is just then. While a contender
+    has fewer than `rounds` turns with readings of STEADY of the best on both sides, rounds are
+    added, to three times as many; then the `rounds` turns with the highest readings count.
     Garbage collection is off meanwhile. A process whose other threads never rest raises
     TimeoutError after 2 s; with require_idle=False each turn begins after 0.1 s all the same.
     """
+
+    def reading() -> float:
+        settle(require_idle=require_idle)
+        return 0.0 if speed is None else speed()
+
     turns = {name: Turns(calls) for name, calls in contenders.items()}
     names = list(turns)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for r in range(rounds):
+        for r in range(rounds if speed is None else 3 * rounds):
+            if r >= rounds and _steady(turns.values(), rounds):
+                break
             if between is not None:
                 settle(require_idle=require_idle)
                 between()
+            before = reading()
             for i in range(len(names)):
-                settle(require_idle=require_idle)
-                turns[names[(i + r) % len(names)]].take(seconds)
+                turn = turns[names[(i + r) % len(names)]].take(seconds)
+                after = reading()
+                turn.speed = min(before, after)
+                before = after
     finally:
         if collecting:
             gc.enable()
+    for contender in turns.values():
+        kept = sorted(contender.timing.turns, key=lambda turn: turn.speed, reverse=True)
+        contender.timing.turns = kept[:rounds]
     return {name: turn.timing for name, turn in turns.items()}

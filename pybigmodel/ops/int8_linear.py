@@ -100,7 +100,8 @@ def int8_linear(
     :func:`quantize_per_token`, inside the op.
 
     Args:
-        input: (..., in_features), float32, bfloat16 or float16, any strides.
+        input: (..., in_features), float32, bfloat16 or float16, any strides. The packed weight
+            holds groups of four k, so that its width is checked up to a multiple of four.
         packed_weight: from :func:`pack_int8_linear_weight`.
         weight_scale: (out_features,) float32.
         bias: (out_features,), input's dtype or float32.

@@ -103,7 +103,8 @@ def linear_packed(
 
     ``y = act(x·Wᵀ + b) + r`` in one pass: bias, activation and residual are applied to the
     accumulators. Arguments as for :func:`linear`; ``packed_weight``'s dtype chooses the products
-    (float32 or bfloat16) and input may have any floating dtype beside it.
+    (float32 or bfloat16) and input may have any floating dtype beside it. A bfloat16 one holds
+    pairs of k, so that input's width is checked up to a multiple of two.
 
     Numerics: fp32 accumulation in blocks of 256 terms (512 in bf16), one rounding at the end.
     Activations: error at most 3e-7·|x|; relative 1.5e-6 for GELU at x ≥ −3, 5e-7 for SiLU at

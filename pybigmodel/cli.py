@@ -43,7 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--sentences", type=_positive, default=384, metavar="N", help="how many")
     demo.add_argument("--batch-size", type=_positive, default=32, metavar="N")
-    demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed rounds")
+    demo.add_argument(
+        "--rounds",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="timed rounds, of which the fastest counts",
+    )
 
     doctor = commands.add_parser(
         "doctor", parents=[common], help="what this machine can do, and what torch makes of it"

@@ -154,10 +154,9 @@ class Turns:
 STEADY = 0.9
 
 
-def _steady(contenders: Iterable[Turns], rounds: int) -> bool:
+def _steady(contenders: Iterable[Turns], rounds: int, best: float) -> bool:
     """Whether each has `rounds` turns at about the highest speed seen."""
     speeds = [[turn.speed for turn in contender.timing.turns] for contender in contenders]
-    best = max(max(of_one) for of_one in speeds)
     return all(sum(speed >= STEADY * best for speed in of_one) >= rounds for of_one in speeds)
 
 
@@ -180,9 +179,14 @@ def interleave(
     TimeoutError after 2 s; with require_idle=False each turn begins after 0.1 s all the same.
     """
 
+    best = 0.0
+
     def reading() -> float:
+        nonlocal best
         settle(require_idle=require_idle)
-        return 0.0 if speed is None else speed()
+        now = 0.0 if speed is None else speed()
+        best = max(best, now)
+        return now
 
     turns = {name: Turns(calls) for name, calls in contenders.items()}
     names = list(turns)
@@ -191,7 +195,7 @@ def interleave(
     gc.disable()
     try:
         for r in range(rounds if speed is None else 3 * rounds):
-            if r >= rounds and _steady(turns.values(), rounds):
+            if r >= rounds and _steady(turns.values(), rounds, best):
                 break
             if between is not None:
                 settle(require_idle=require_idle)

@@ -238,7 +238,4 @@ void gemm(const Gemm& g, Range m, Range n) {
   }
 }
 
-extern const Kernels table;
-const Kernels table = {static_cast<Isa>(PBM_TIER_LEVEL), kTile, brgemm, gemm, pack_b, quantize_rows, column_sum};
-
 }  // namespace pbm::PBM_TIER

@@ -1,6 +1,7 @@
 """The ops: typed functions over ``torch.ops.pybigmodel``, one file per family."""
 
 from pybigmodel.ops import _flops as _flops
+from pybigmodel.ops.attention import attention, attention_varlen
 from pybigmodel.ops.int8_linear import (
     int8_linear,
     int8_weight_only_linear,
@@ -11,6 +12,8 @@ from pybigmodel.ops.int8_linear import (
 from pybigmodel.ops.linear import linear, linear_packed, pack_linear_weight
 
 __all__ = [
+    "attention",
+    "attention_varlen",
     "int8_linear",
     "int8_weight_only_linear",
     "linear",

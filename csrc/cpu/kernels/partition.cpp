@@ -1,3 +1,4 @@
+#include "cpu/kernels/attention.h"
 #include "cpu/kernels/gemm.h"
 
 namespace pbm {
@@ -37,6 +38,23 @@ Grid partition(const Gemm& g, int64_t threads) {
     }
   }
   return best;
+}
+
+// Minimises what the busiest thread does, in rows: its items' own, and as many again as packing K and V costs an item.
+int64_t attention_parts(int64_t rows, int64_t heads, int64_t threads) {
+  constexpr int64_t kPack = 16;       // rows' worth of work
+  constexpr int64_t kMostRows = 2048;  // of an item: their outputs stay in fp32 meanwhile
+  constexpr int64_t kFewestRows = 32;
+  const int64_t fewest = ceil_div(rows, kMostRows), most = ceil_div(rows, kFewestRows);
+  int64_t best = fewest, least = -1;
+  for (int64_t parts = fewest; parts <= most && parts <= fewest + 4 * threads; parts++) {
+    const int64_t cost = ceil_div(heads * parts, threads) * (ceil_div(rows, parts) + kPack);
+    if (least < 0 || cost < least) {
+      least = cost;
+      best = parts;
+    }
+  }
+  return best > 0 ? best : 1;
 }
 
 }  // namespace pbm

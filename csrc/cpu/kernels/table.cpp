@@ -11,6 +11,7 @@ const Kernels table = {
     .pack_b = pack_b,
     .quantize_rows = quantize_rows,
     .column_sum = column_sum,
+    .attention_forward = attention_forward,
 };
 
 }  // namespace pbm::PBM_TIER

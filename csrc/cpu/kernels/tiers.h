@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/isa.h"
+#include "cpu/kernels/attention.h"
 #include "cpu/kernels/brgemm.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/quantize.h"
@@ -20,6 +21,7 @@ struct Kernels {
   void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);
   // out[j] = Σ_i x[i·row + j], summed in blocks; columns [begin, end).
   void (*column_sum)(const ColumnSum&, int64_t begin, int64_t end);
+  void (*attention_forward)(const Attention&, const AttentionItem&);
 };
 
 const Kernels& kernels();  // of active_isa()

@@ -47,6 +47,9 @@ PBM_INLINE Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 PBM_INLINE Vec vabs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 PBM_INLINE Vec round_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 PBM_INLINE Vec scale_by_pow2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// a·2^⌊x⌋ and x − ⌊x⌋, which of −∞ are 0 and 0: two instructions for what takes six elsewhere.
+PBM_INLINE Vec scale_by_pow2_floor(Vec a, Vec x) { return {_mm512_scalef_ps(a.v, x.v)}; }
+PBM_INLINE Vec fraction(Vec x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 // a where x < 0, b elsewhere (NaN: b).
 PBM_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), b.v, a.v)};
@@ -74,6 +77,17 @@ PBM_INLINE IVec as_int(Vec a) { return {_mm512_castps_si512(a.v)}; }
 PBM_INLINE IVec widen_u16(const uint16_t* p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+PBM_INLINE IVec widen_u8(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// The 64-bit products of unsigned lanes with m: upper and lower halves.
+PBM_INLINE void multiply_wide(IVec a, uint32_t m, IVec* high, IVec* low) {
+  const __m512i factor = _mm512_set1_epi64(m);
+  const __m512i even = _mm512_mul_epu32(a.v, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  high->v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  low->v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+PBM_INLINE IVec ixor(IVec a, IVec b) { return {_mm512_xor_si512(a.v, b.v)}; }
 PBM_INLINE void narrow_u16(uint16_t* p, IVec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
@@ -170,6 +184,7 @@ PBM_I2(isub, _mm256_sub_epi32)
 PBM_I2(imul, _mm256_mullo_epi32)
 PBM_I2(iand, _mm256_and_si256)
 PBM_I2(ior, _mm256_or_si256)
+PBM_I2(ixor, _mm256_xor_si256)
 #undef PBM_I2
 template <int S>
 PBM_INLINE IVec shl(IVec a) {
@@ -187,6 +202,21 @@ PBM_INLINE Vec scale_by_pow2(Vec a, Vec n) {
   const IVec half = {_mm256_srai_epi32(k.lo, 1), _mm256_srai_epi32(k.hi, 1)};
   const IVec rest = isub(k, half), bias = iset1(127);
   return mul(mul(a, as_float(shl<23>(iadd(half, bias)))), as_float(shl<23>(iadd(rest, bias))));
+}
+PBM_INLINE Vec vfloor(Vec a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
+PBM_INLINE IVec widen_u8(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+PBM_INLINE void multiply_wide8(__m256i a, __m256i factor, __m256i* high, __m256i* low) {
+  const __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+PBM_INLINE void multiply_wide(IVec a, uint32_t m, IVec* high, IVec* low) {
+  const __m256i factor = _mm256_set1_epi64x(m);
+  multiply_wide8(a.lo, factor, &high->lo, &low->lo);
+  multiply_wide8(a.hi, factor, &high->hi, &low->hi);
 }
 PBM_INLINE IVec widen_u16(const uint16_t* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
@@ -304,6 +334,17 @@ PBM_INLINE IVec as_int(Vec a) {
   std::memcpy(r.v, a.v, 64);
   return r;
 }
+PBM_INLINE Vec vfloor(Vec a){PBM_MAP(Vec, __builtin_floorf(a.v[i]))} PBM_INLINE IVec
+    ixor(IVec a, IVec b){PBM_MAP(IVec, a.v[i] ^ b.v[i])} PBM_INLINE IVec widen_u8(const uint8_t* p) {
+  PBM_MAP(IVec, p[i])
+}
+PBM_INLINE void multiply_wide(IVec a, uint32_t m, IVec* high, IVec* low) {
+  for (int i = 0; i < 16; i++) {
+    const uint64_t product = uint64_t{static_cast<uint32_t>(a.v[i])} * m;
+    high->v[i] = wrap(static_cast<uint32_t>(product >> 32));
+    low->v[i] = wrap(static_cast<uint32_t>(product));
+  }
+}
 PBM_INLINE IVec widen_u16(const uint16_t* p){PBM_MAP(IVec, p[i])} PBM_INLINE void narrow_u16(uint16_t* p, IVec a) {
   for (int i = 0; i < 16; i++) p[i] = static_cast<uint16_t>(a.v[i]);
 }
@@ -349,6 +390,16 @@ PBM_INLINE Vec widen_f16(const uint16_t* p){PBM_MAP(Vec, half_to_float(p[i]))} P
 }
 #undef PBM_MAP
 #endif
+
+#if PBM_TIER_LEVEL < 2
+// Both for x above −2³¹; −∞ is the caller's to keep out.
+PBM_INLINE Vec scale_by_pow2_floor(Vec a, Vec x) { return scale_by_pow2(a, vfloor(x)); }
+PBM_INLINE Vec fraction(Vec x) { return sub(x, vfloor(x)); }
+#endif
+PBM_INLINE Vec iota() {
+  static constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kLanes);
+}
 
 // 64 integers to bytes, saturated: to [0, 255], or [-128, 127] if Signed.
 template <bool Signed>

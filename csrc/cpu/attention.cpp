@@ -1,0 +1,65 @@
+#include "cpu/attention.h"
+
+namespace pbm {
+namespace {
+
+// A sequence's items, the longest first: what is left at the end is then short.
+std::vector<AttentionItem> items_of(const Attention& a) {
+  const int64_t threads = torch::stable::get_num_threads(), group = a.kv_heads ? a.heads / a.kv_heads : 1;
+  std::vector<AttentionItem> items;
+  for (int64_t b = 0; b < a.batch; b++) {
+    const int64_t rows = group * queries_of(a, b);
+    if (rows == 0) continue;
+    const int64_t parts = attention_parts(rows, a.batch * a.kv_heads, threads);
+    for (int64_t i = parts - 1; i >= 0; i--) {
+      const Range r = part(rows, 1, parts, i);
+      for (int64_t h = 0; r.begin < r.end && h < a.kv_heads; h++) items.push_back({b, h, r.begin, r.end});
+    }
+  }
+  return items;
+}
+
+std::tuple<Tensor, Tensor> run(AttentionProblem p, Tensor out, Tensor lse) {
+  Attention& a = p.a;
+  a.out = operand("out", out, &p);
+  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  a.lse_head = lse.size(lse.dim() - 1);
+  a.lse_batch = lse.dim() == 3 ? lse.size(1) * lse.size(2) : 0;
+  const std::vector<AttentionItem> items = items_of(a);
+  const Kernels& kernel = kernels();
+  for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) { kernel.attention_forward(a, items[i]); });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& alibi_slopes,
+                                     const std::optional<Tensor>& dropout_seed, int64_t window_left,
+                                     int64_t window_right, bool bottom_right, double softcap, double dropout_p,
+                                     double scale, int64_t precision) {
+  AttentionProblem p = attention_problem("attention", q, k, v,
+                                         {attn_mask, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
+                                          softcap, dropout_p, scale, precision});
+  const int64_t sizes[4] = {p.a.batch, p.a.heads, p.a.queries, p.a.dv};
+  return run(std::move(p), empty_cpu(sizes, 4, q.scalar_type()), empty_cpu(sizes, 3, ScalarType::Float));
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            const std::optional<Tensor>& alibi_slopes,
+                                            const std::optional<Tensor>& dropout_seed, int64_t window_left,
+                                            int64_t window_right, bool bottom_right, double softcap, double dropout_p,
+                                            double scale, int64_t precision) {
+  AttentionProblem p = varlen_problem("attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k,
+                                      {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
+                                       softcap, dropout_p, scale, precision});
+  const int64_t sizes[3] = {q.size(0), p.a.heads, p.a.dv}, lse_sizes[2] = {p.a.heads, q.size(0)};
+  return run(std::move(p), empty_cpu(sizes, 3, q.scalar_type()), empty_cpu(lse_sizes, 2, ScalarType::Float));
+}
+
+}  // namespace
+}  // namespace pbm
+
+STABLE_TORCH_LIBRARY_IMPL(pybigmodel, CPU, m) {
+  m.impl("attention", TORCH_BOX(&pbm::attention));
+  m.impl("attention_varlen", TORCH_BOX(&pbm::attention_varlen));
+}

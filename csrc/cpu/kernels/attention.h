@@ -63,6 +63,19 @@ struct AttentionItem {
 // How many items the rows of one (batch, kv head) are cut into.
 int64_t attention_parts(int64_t rows, int64_t heads, int64_t threads);
 
+// out and lse are the forward pass's; the gradients are written. With several parts of the keys, d_q is fp32 and has
+// batch·parts entries, part p of sequence b at p·batch + b, to be added by the caller.
+struct AttentionGradients {
+  AttentionOperand out, d_out;
+  const float *lse, *d_lse;  // d_lse may be null
+  AttentionOperand d_q, d_k, d_v;
+};
+
+// Keys [begin, end) of one head.
+struct AttentionBackwardItem {
+  int64_t b, kv_head, begin, end, part;
+};
+
 inline int64_t queries_of(const Attention& a, int64_t b) {
   return a.query_start ? a.query_start[b + 1] - a.query_start[b] : a.queries;
 }

@@ -1,6 +1,7 @@
 // Keys outside, queries inside: a block of K and V is packed once and stays in L2 while every row of the item passes by;
 // a strip of scores stays in L1. Running maxima, sums and outputs are kept per row (online softmax).
 #include "common/scratch.h"
+#include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/attention_scores.h"
 #include "cpu/kernels/impl.h"
 
@@ -10,13 +11,7 @@ namespace {
 // Bytes of packed K and V that stay in L2 beside what passes by, and the most keys of a block.
 constexpr int64_t kBlockBytes = int64_t{256} << 10;
 constexpr int64_t kMostKeys = 512;
-constexpr int kStrip = kTile.wide_panels == 4 ? kTile.wide_rows : kTile.max_rows;  // rows of a strip of scores
-constexpr int kStripPanels = kTile.wide_panels == 4 ? kTile.wide_panels : kTile.panels;
-
 PBM_INLINE Vec vtanh_tmp(Vec x) { return sub(set1(1.f), div(set1(2.f), add(set1(1.f), vexp(add(x, x))))); }
-PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-PBM_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-PBM_INLINE int64_t round_up(int64_t a, int64_t unit) { return ceil_div(a, unit) * unit; }
 
 // Independent of the item, the batch and the threads, so that a row's result is too.
 int64_t block_keys(const Attention& a) {
@@ -52,52 +47,28 @@ struct Strip {
   Range columns;  // within the block; begin is a multiple of 16, as is end
 };
 
-const char* rows_at(const AttentionOperand& x, int64_t b, int64_t head, int64_t i) {
-  return static_cast<const char*>(x.data) + (b * x.batch + head * x.head + i * x.row) * size_of(x.dtype);
-}
-
-int64_t start(const int64_t* starts, int64_t b) { return starts ? starts[b] : 0; }
-int64_t batch_of(const Attention& a, int64_t b) { return a.query_start ? 0 : b; }
-
-const char* queries_at(const Attention& a, int64_t b, int64_t head, int64_t i) {
-  return rows_at(a.q, batch_of(a, b), head, start(a.query_start, b) + i);
-}
-const char* keys_at(const Attention& a, const AttentionOperand& x, int64_t b, int64_t head, int64_t j) {
-  return rows_at(x, batch_of(a, b), head, start(a.key_start, b) + j);
-}
-
 Work carve(const Forward& f) {
-  const int64_t rows = f.item.end - f.item.begin, lane = 4 / k_per_lane(f.a.flavour);
-  const int64_t k_bytes = round_up(f.block, 16) * panel_groups(f.a.d, f.a.flavour) * 4;
-  const int64_t v_bytes = round_up(f.a.dv, 16) * panel_groups(f.block, f.a.flavour) * 4;
-  const int64_t strip = kStrip * f.pitch;
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t begin = at;
-    at += round_up(bytes, 64);
-    return begin;
-  };
-  const int64_t k = take(k_bytes), v = take(v_bytes), q = take(f.convert_q ? rows * f.q_stride : 0);
-  const int64_t scores = take(strip * 4), p = take(f.a.flavour == Flavour::bf16 ? strip * lane : 0);
-  const int64_t out = take(rows * f.out_stride * 4), max = take(rows * 4), sum = take(rows * 4), started = take(rows);
-  char* base = static_cast<char*>(scratch(ScratchSlot::attention, at));
-  return {base + k,
-          base + v,
-          base + q,
-          reinterpret_cast<float*>(base + scores),
-          base + (f.a.flavour == Flavour::bf16 ? p : scores),
-          reinterpret_cast<float*>(base + out),
-          reinterpret_cast<float*>(base + max),
-          reinterpret_cast<float*>(base + sum),
-          reinterpret_cast<bool*>(base + started)};
+  const int64_t rows = f.item.end - f.item.begin, strip = kStrip * f.pitch;
+  const bool bf16 = f.a.flavour == Flavour::bf16;
+  Carver c;
+  const int64_t k = c.take(f.block * panel_groups(f.a.d, f.a.flavour) * 4);
+  const int64_t v = c.take(f.out_stride * panel_groups(f.block, f.a.flavour) * 4);
+  const int64_t q = c.take(f.convert_q ? rows * f.q_stride : 0);
+  const int64_t scores = c.take(strip * 4), p = bf16 ? c.take(strip * 2) : scores;
+  const int64_t out = c.take(rows * f.out_stride * 4), max = c.take(rows * 4), sum = c.take(rows * 4);
+  const int64_t started = c.take(rows);
+  char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
+  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
+  return {base + k,    base + v,    base + q,    floats(scores), base + p,
+          floats(out), floats(max), floats(sum), reinterpret_cast<bool*>(base + started)};
 }
 
 void pack_block(const Forward& f, Range j) {
   const Attention& a = f.a;
   const int64_t n = j.end - j.begin;
-  pack_b({n, a.d, a.flavour, keys_at(a, a.k, f.item.b, f.item.kv_head, j.begin), a.k.dtype, 1, a.k.row, false, f.w.k}, 0,
+  pack_b({n, a.d, a.flavour, key_row(a, a.k, f.item.b, f.item.kv_head, j.begin), a.k.dtype, 1, a.k.row, false, f.w.k}, 0,
          ceil_div(n, kPanel));
-  pack_b({a.dv, n, a.flavour, keys_at(a, a.v, f.item.b, f.item.kv_head, j.begin), a.v.dtype, a.v.row, 1, false, f.w.v},
+  pack_b({a.dv, n, a.flavour, key_row(a, a.v, f.item.b, f.item.kv_head, j.begin), a.v.dtype, a.v.row, 1, false, f.w.v},
          0, ceil_div(a.dv, kPanel));
 }
 
@@ -105,31 +76,11 @@ void convert_queries(const Forward& f, int64_t head, int64_t i, int64_t count, i
   Gemm g{};
   g.k = f.a.d;
   g.flavour = f.a.flavour;
-  g.a = queries_at(f.a, f.item.b, head, i);
+  g.a = query_row(f.a, f.a.q, f.item.b, head, i);
   g.a_dtype = f.a.q.dtype;
   g.a_row = f.a.q.row;
   g.a_col = 1;
   convert_rows(g, 0, count, f.w.q + row * f.q_stride, f.q_stride);
-}
-
-// C (+)= A·B for a strip's rows and `columns` columns, a multiple of 16.
-void product(const Forward& f, int rows, const char* a, int64_t lda, const char* b, int64_t b_panel, int64_t k, float* c,
-             int64_t ldc, int64_t columns, bool accumulate) {
-  Brgemm p;
-  p.a = a;
-  p.lda = lda;
-  p.a_offset = p.b_offset = nullptr;
-  p.b_panel = b_panel;
-  p.batch = 1;
-  p.k = k;
-  p.ldc = ldc;
-  p.accumulate = accumulate;
-  const int64_t panels = columns / kPanel;
-  for (int64_t j = 0; j < panels; j += kStripPanels) {
-    p.b = p.soon = b + j * b_panel;
-    p.c = c + j * kPanel;
-    brgemm(p, f.a.flavour, rows, static_cast<int>(min64(kStripPanels, panels - j)));
-  }
 }
 
 // --- scores ----------------------------------------------------------------------------------------------------------
@@ -265,10 +216,11 @@ void attend(const Forward& f, const Strip& s, Range block) {
   const Attention& a = f.a;
   const int64_t groups = panel_groups(a.d, a.flavour), first = s.columns.begin / kPanel;
   const int64_t q_row = f.convert_q ? f.q_stride : a.q.row * size_of(a.q.dtype);
-  const char* q = f.convert_q ? f.w.q + s.row * f.q_stride : queries_at(a, f.item.b, s.head, s.i);
+  const char* q = f.convert_q ? f.w.q + s.row * f.q_stride : query_row(a, a.q, f.item.b, s.head, s.i);
   const int64_t k = f.convert_q ? round_up(a.d, k_per_lane(a.flavour)) : a.d;
-  product(f, s.rows, q, q_row, f.w.k + first * groups * kGroupBytes, groups * kGroupBytes, k,
-          f.w.scores + s.columns.begin, f.pitch, s.columns.end - s.columns.begin, false);
+  block_product(a.flavour, {q, q_row, s.rows, k},
+                {f.w.k + first * groups * kGroupBytes, groups * kGroupBytes, (s.columns.end - s.columns.begin) / kPanel},
+                {f.w.scores + s.columns.begin, f.pitch, false});
 
   const bool plain = plain_scores(a);
   if (!plain) adjust_scores(f, s, block.begin);
@@ -290,8 +242,9 @@ void attend(const Forward& f, const Strip& s, Range block) {
   const int64_t v_groups = panel_groups(block.end - block.begin, a.flavour);
   const int64_t used = min64(s.columns.end, round_up(block.end - block.begin, per_lane)) - s.columns.begin;
   if (f.w.started[s.row]) rescale_out(f, s, rescale);
-  product(f, s.rows, f.w.p + s.columns.begin * size, f.pitch * size, f.w.v + s.columns.begin / per_lane * kGroupBytes,
-          v_groups * kGroupBytes, used, f.w.out + s.row * f.out_stride, f.out_stride, f.out_stride, f.w.started[s.row]);
+  block_product(a.flavour, {f.w.p + s.columns.begin * size, f.pitch * size, s.rows, used},
+                {f.w.v + s.columns.begin / per_lane * kGroupBytes, v_groups * kGroupBytes, f.out_stride / kPanel},
+                {f.w.out + s.row * f.out_stride, f.out_stride, f.w.started[s.row]});
   f.w.started[s.row] = true;
 }
 
@@ -341,13 +294,13 @@ void finish(const Forward& f, const Strip& s) {
     const float sum = f.w.sum[s.row + r], inverse = sum == 0.f ? 0.f : 1.f / sum;
     const float* row = f.w.out + (s.row + r) * f.out_stride;
     const bool empty = !f.w.started[s.row] || sum == 0.f;
-    char* to = const_cast<char*>(rows_at(a.out, batch_of(a, f.item.b), s.head, start(a.query_start, f.item.b) + s.i + r));
+    char* to = const_cast<char*>(query_row(a, a.out, f.item.b, s.head, s.i + r));
     with_float_dtype(a.out.dtype, [&]<DType T>() {
       for (int64_t d = 0; d < a.dv; d += kWidth)
         store16_n<T>(to, d, empty ? zero() : mul(load(row + d), set1(inverse)), static_cast<int>(min64(kWidth, a.dv - d)));
     });
     if (a.lse)
-      a.lse[batch_of(a, f.item.b) * a.lse_batch + s.head * a.lse_head + start(a.query_start, f.item.b) + s.i + r] =
+      a.lse[lse_index(a, f.item.b, s.head, s.i + r)] =
           sum == 0.f ? kHidden : (f.w.max[s.row + r] + std::log2(sum)) / kLog2e;
   }
 }
@@ -364,7 +317,7 @@ void attention_forward(const Attention& a, const AttentionItem& item) {
             keys_of(a, item.b),
             block_keys(a),
             a.heads / a.kv_heads,
-            round_up(panel_groups(a.d, a.flavour) * 4, 64),
+            row_bytes(a.d, a.flavour),
             round_up(a.dv, kPanel),
             block_keys(a) + kPanel,
             a.q.dtype != (a.flavour == Flavour::f32 ? DType::f32 : DType::bf16),

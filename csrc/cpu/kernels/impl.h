@@ -22,6 +22,7 @@ constexpr int64_t lane_bytes(Flavour f) { return f == Flavour::u8s8 ? kTile.u8_l
 void brgemm(const Brgemm& p, Flavour flavour, int rows, int panels);
 void gemm(const Gemm& g, Range m, Range n);
 void attention_forward(const Attention& a, const AttentionItem& item);
+void attention_backward(const Attention& a, const AttentionGradients& g, const AttentionBackwardItem& item);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);
 void column_sum(const ColumnSum& s, int64_t begin, int64_t end);

@@ -12,6 +12,7 @@ const Kernels table = {
     .quantize_rows = quantize_rows,
     .column_sum = column_sum,
     .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
 };
 
 }  // namespace pbm::PBM_TIER

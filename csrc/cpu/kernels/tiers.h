@@ -22,6 +22,7 @@ struct Kernels {
   // out[j] = Σ_i x[i·row + j], summed in blocks; columns [begin, end).
   void (*column_sum)(const ColumnSum&, int64_t begin, int64_t end);
   void (*attention_forward)(const Attention&, const AttentionItem&);
+  void (*attention_backward)(const Attention&, const AttentionGradients&, const AttentionBackwardItem&);
 };
 
 const Kernels& kernels();  // of active_isa()

@@ -1,0 +1,415 @@
+// Gradients of attention without its matrix. Queries outside in chunks, keys inside in blocks, scores transposed:
+//
+//   Sᵀ = K·Qᵀ, Pᵀ = 2^(Sᵀ − lse), dPᵀ = V·dOᵀ, dSᵀ = Pᵀ∘(dPᵀ − δ);  dV += Pᵀ·dO, dK += dSᵀ·Q, dQᵀ += Kᵀ·dSᵀ
+//
+// so that Pᵀ and dSᵀ come out as the rows that the next products read, and the row statistics lie along the lanes. dK and
+// dV stay in fp32 for all keys of an item; dQᵀ is complete after a chunk. δ_i = Σ_d dO_id·O_id − dlse_i.
+#include "common/scratch.h"
+#include "cpu/kernels/attention_rows.h"
+#include "cpu/kernels/attention_scores.h"
+#include "cpu/kernels/impl.h"
+
+namespace pbm::PBM_TIER {
+namespace {
+
+constexpr int64_t kChunkQueries = 128;
+constexpr int64_t kBlockKeys = 96;  // even; a multiple of a strip's rows
+constexpr int64_t kPitch = kChunkQueries + 16;
+
+struct Work {
+  char *q_t, *do_t;    // panels of queries: Qᵀ, dOᵀ
+  char *q, *d_o;       // panels of D and Dv: Q, dO
+  char *k, *v;         // rows converted, where they cannot be read in place
+  char* k_t;           // Kᵀ of each block: D rows of kBlockKeys
+  float *s, *dp;       // kBlockKeys × kPitch: scores, and gradients of probabilities
+  char *p, *ds;        // the same in the flavour's dtype; in fp32 they take their place
+  char* ds_panels;     // dSᵀ as panels of queries
+  float* dq_t;         // D × kPitch
+  float *dk, *dv;      // keys × stride
+  float *lse, *delta;  // of the chunk
+};
+
+struct Backward {
+  const Attention& a;
+  const AttentionGradients& g;
+  const AttentionBackwardItem& item;
+  int64_t queries, keys, offset;
+  int64_t per_lane, size;                  // of the flavour: elements a lane, bytes an element
+  int64_t dk_stride, dv_stride;            // elements
+  int64_t k_stride, v_stride, kt_stride;   // bytes
+  int64_t q_groups, do_groups;             // of panels over queries
+  bool convert_k, convert_v;
+  Work w;
+};
+
+struct Chunk {
+  int64_t head;
+  Range i;
+};
+
+// Keys [j.begin, j.end) by columns [c.begin, c.end) of the chunk, multiples of 16.
+struct Tile {
+  Range j, c;
+};
+
+int64_t key_count(const Backward& f) { return f.item.end - f.item.begin; }
+
+Work carve(const Backward& f) {
+  const int64_t n = kChunkQueries, keys = key_count(f);
+  const int64_t block_groups = kBlockKeys / f.per_lane * kGroupBytes, chunk_groups = n / f.per_lane * kGroupBytes;
+  const int64_t scores = kBlockKeys * kPitch * 4;
+  const bool bf16 = f.a.flavour == Flavour::bf16;
+  Carver c;
+  const int64_t q_t = c.take(n / kPanel * f.q_groups * kGroupBytes), do_t = c.take(n / kPanel * f.do_groups * kGroupBytes);
+  const int64_t q = c.take(f.dk_stride / kPanel * chunk_groups), d_o = c.take(f.dv_stride / kPanel * chunk_groups);
+  const int64_t k = c.take(f.convert_k ? keys * f.k_stride : 0), v = c.take(f.convert_v ? keys * f.v_stride : 0);
+  const int64_t k_t = c.take(ceil_div(keys, kBlockKeys) * f.a.d * f.kt_stride);
+  const int64_t s = c.take(scores), dp = c.take(scores);
+  const int64_t p = bf16 ? c.take(scores / 2) : s, ds = bf16 ? c.take(scores / 2) : dp;
+  const int64_t panels = c.take(n / kPanel * block_groups);
+  const int64_t dq_t = c.take(f.a.d * kPitch * 4);
+  const int64_t dk = c.take(keys * f.dk_stride * 4), dv = c.take(keys * f.dv_stride * 4);
+  const int64_t lse = c.take(n * 4), delta = c.take(n * 4);
+  char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
+  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
+  return {base + q_t, base + do_t, base + q,   base + d_o,     base + k,     base + v,   base + k_t, floats(s),
+          floats(dp), base + p,    base + ds,  base + panels,  floats(dq_t), floats(dk), floats(dv), floats(lse),
+          floats(delta)};
+}
+
+void convert(const Backward& f, const AttentionOperand& x, int64_t d, int64_t j, int64_t count, bool transposed,
+             char* out, int64_t stride) {
+  Gemm g{};
+  g.k = transposed ? count : d;
+  g.flavour = f.a.flavour;
+  g.a = key_row(f.a, x, f.item.b, f.item.kv_head, j);
+  g.a_dtype = x.dtype;
+  g.a_row = transposed ? 1 : x.row;
+  g.a_col = transposed ? x.row : 1;
+  convert_rows(g, 0, transposed ? d : count, out, stride);
+}
+
+char* block_transposed(const Backward& f, int64_t j) {
+  return f.w.k_t + (j - f.item.begin) / kBlockKeys * f.a.d * f.kt_stride;
+}
+
+void prepare_keys(const Backward& f) {
+  const int64_t keys = key_count(f);
+  if (f.convert_k) convert(f, f.a.k, f.a.d, f.item.begin, keys, false, f.w.k, f.k_stride);
+  if (f.convert_v) convert(f, f.a.v, f.a.dv, f.item.begin, keys, false, f.w.v, f.v_stride);
+  for (int64_t j = f.item.begin; j < f.item.end; j += kBlockKeys)
+    convert(f, f.a.k, f.a.d, j, min64(kBlockKeys, f.item.end - j), true, block_transposed(f, j), f.kt_stride);
+  std::memset(f.w.dk, 0, keys * f.dk_stride * 4);
+  std::memset(f.w.dv, 0, keys * f.dv_stride * 4);
+}
+
+// What a chunk's statistics are to the lanes: queries that do not exist, or see nothing, have P = 0.
+void prepare_statistics(const Backward& f, const Chunk& c) {
+  const Attention& a = f.a;
+  const int64_t first = lse_index(a, f.item.b, c.head, c.i.begin);
+  for (int64_t x = 0; x < kChunkQueries; x++) {
+    const int64_t i = c.i.begin + x;
+    float lse = INFINITY, delta = 0.f;
+    if (i < c.i.end && f.g.lse[first + x] != -INFINITY) {
+      lse = f.g.lse[first + x] * kLog2e;
+      const char* out = query_row(a, f.g.out, f.item.b, c.head, i);
+      const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, i);
+      Vec sum = zero();
+      with_float_dtype(f.g.out.dtype, [&]<DType T>() {
+        for (int64_t d = 0; d < a.dv; d += kWidth) {
+          const int n = static_cast<int>(min64(kWidth, a.dv - d));
+          sum = fmadd(load16_n<T>(out, d, n), load16_n<T>(d_out, d, n), sum);
+        }
+      });
+      delta = reduce_add(sum) - (f.g.d_lse ? f.g.d_lse[first + x] : 0.f);
+    }
+    f.w.lse[x] = lse;
+    f.w.delta[x] = delta;
+  }
+}
+
+void prepare_chunk(const Backward& f, const Chunk& c) {
+  const Attention& a = f.a;
+  const int64_t n = c.i.end - c.i.begin;
+  const char* q = query_row(a, a.q, f.item.b, c.head, c.i.begin);
+  const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, c.i.begin);
+  pack_b({n, a.d, a.flavour, q, a.q.dtype, 1, a.q.row, false, f.w.q_t}, 0, ceil_div(n, kPanel));
+  pack_b({n, a.dv, a.flavour, d_out, f.g.d_out.dtype, 1, f.g.d_out.row, false, f.w.do_t}, 0, ceil_div(n, kPanel));
+  pack_b({a.d, n, a.flavour, q, a.q.dtype, a.q.row, 1, false, f.w.q}, 0, ceil_div(a.d, kPanel));
+  pack_b({a.dv, n, a.flavour, d_out, f.g.d_out.dtype, f.g.d_out.row, 1, false, f.w.d_o}, 0, ceil_div(a.dv, kPanel));
+  prepare_statistics(f, c);
+}
+
+// --- scores ----------------------------------------------------------------------------------------------------------
+
+// Queries that see key j: [begin, end).
+Range seeing(const Backward& f, int64_t j) {
+  const int64_t at = j - f.offset;
+  const int64_t begin = f.a.right < 0 ? 0 : max64(at - f.a.right, 0);
+  const int64_t end = f.a.left < 0 ? f.queries : min64(at + f.a.left + 1, f.queries);
+  return {begin, end};
+}
+
+void hide(const Backward& f, const Chunk& c, const Tile& t) {
+  for (int64_t j = t.j.begin; j < t.j.end; j++) {
+    const Range seen = seeing(f, j);
+    float* row = f.w.s + (j - t.j.begin) * kPitch;
+    const int64_t begin = min64(seen.begin - c.i.begin, t.c.end), end = max64(seen.end - c.i.begin, t.c.begin);
+    for (int64_t x = t.c.begin; x < begin; x++) row[x] = kHidden;
+    for (int64_t x = end; x < t.c.end; x++) row[x] = kHidden;
+  }
+}
+
+// Keys j … of sixteen queries from column x on, as additions to the exponents: one vector a key.
+void mask_transposed(const Backward& f, const Chunk& c, int64_t x, int64_t j, IVec (&r)[16]) {
+  const AttentionMask& m = f.a.mask;
+  const int n = static_cast<int>(min64(kWidth, f.keys - j));
+  for (int64_t l = 0; l < 16; l++) {
+    const int64_t i = min64(c.i.begin + x + l, c.i.end - 1);
+    const int64_t at = f.item.b * m.batch + c.head * m.head + i * m.row + j;
+    r[l] = as_int(mask_at_n(m, at, n));
+  }
+  transpose16(r);
+}
+
+// Scores as base-2 exponents; for a softcap, its derivative stays where the scores' gradient will need it.
+void adjust_scores(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_cap) {
+  const Attention& a = f.a;
+  const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + c.head] * kLog2e : 0.f;
+  for (int64_t j0 = t.j.begin; j0 < t.j.end; j0 += 16)
+    for (int64_t x = t.c.begin; x < t.c.end; x += kWidth) {
+      IVec mask[16];
+      if (a.mask.kind != MaskKind::none) mask_transposed(f, c, x, j0, mask);
+      for (int64_t j = j0; j < min64(j0 + 16, t.j.end); j++) {
+        float* at = f.w.s + (j - t.j.begin) * kPitch + x;
+        Vec s = load(at);
+        if (a.softcap != 0.f) {
+          const Vec tanh = vtanh(mul(s, set1(a.scale / a.softcap)));
+          s = mul(tanh, set1(a.softcap * kLog2e));
+          store(slope_of_cap + (j - t.j.begin) * kPitch + x, sub(set1(1.f), mul(tanh, tanh)));
+        } else {
+          s = mul(s, set1(a.scale * kLog2e));
+        }
+        if (a.mask.kind != MaskKind::none) s = add(s, as_float(mask[j - j0]));
+        if (a.slopes) {
+          const float relative = static_cast<float>(c.i.begin + x + f.offset - j);
+          s = fmadd(vabs(add(iota(), set1(relative))), set1(-slope), s);
+        }
+        store(at, s);
+      }
+    }
+}
+
+// Sixteen queries' factors of dropout for one key.
+struct Keep {
+  const Backward& f;
+  const Chunk& c;
+  IVec words[4];
+  int64_t counter = -1, column = -1;
+
+  PBM_INLINE Vec at(Keep& k, int64_t j, int64_t x) {
+    if (k.counter != j / 4 || k.column != x) {
+      k.counter = j / 4;
+      k.column = x;
+      k.words[0] = iset1(static_cast<int32_t>(j / 4));
+      k.words[1] = iadd(to_int(iota()), iset1(static_cast<int32_t>(k.c.i.begin + x)));
+      k.words[2] = iset1(static_cast<int32_t>(k.f.item.b * k.f.a.heads + k.c.head));
+      philox4x32(k.words, k.f.a.dropout.seed);
+    }
+    return kept(k.words[j % 4], k.f.a.dropout.threshold, k.f.a.dropout.factor);
+  }
+};
+
+// Two keys' sixteen values each to their rows, and to their panel if there is one.
+template <Flavour F>
+PBM_INLINE void store_pair(char* row0, char* row1, int64_t x, Vec v0, Vec v1, char* panel) {
+  if constexpr (F == Flavour::f32) {
+    store(reinterpret_cast<float*>(row0) + x, v0);
+    store(reinterpret_cast<float*>(row1) + x, v1);
+    if (panel) {
+      store(reinterpret_cast<float*>(panel), v0);
+      store(reinterpret_cast<float*>(panel + kGroupBytes), v1);
+    }
+  } else {
+    const IVec h0 = bf16_bits_finite(v0), h1 = bf16_bits_finite(v1);
+    narrow_u16(reinterpret_cast<uint16_t*>(row0) + x, h0);
+    narrow_u16(reinterpret_cast<uint16_t*>(row1) + x, h1);
+    if (panel) istore(panel, ior(h0, shl<16>(h1)));
+  }
+}
+
+#if PBM_TIER_LEVEL >= 3
+template <>
+PBM_INLINE void store_pair<Flavour::bf16>(char* row0, char* row1, int64_t x, Vec v0, Vec v1, char* panel) {
+  const __m512bh h = _mm512_cvtne2ps_pbh(v1.v, v0.v);
+  __m512i bits;
+  std::memcpy(&bits, &h, 64);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row0 + 2 * x), _mm512_castsi512_si256(bits));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row1 + 2 * x), _mm512_extracti64x4_epi64(bits, 1));
+  if (panel) {
+    alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    istore(panel, {_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), bits)});
+  }
+}
+#endif
+
+// P and dS of a tile from its scores and gradients of probabilities.
+template <Flavour F, bool Dropout>
+void differentiate(const Backward& f, const Chunk& c, const Tile& t, float factor, const float* slope_of_cap) {
+  Keep keep{f, c, {}};
+  const int64_t block_groups = kBlockKeys / f.per_lane * kGroupBytes;
+  for (int64_t r = 0; r < t.j.end - t.j.begin; r += 2) {
+    const int64_t at = r * kPitch, j = t.j.begin + r;
+    for (int64_t x = t.c.begin; x < t.c.end; x += kWidth) {
+      const Vec lse = load(f.w.lse + x), delta = load(f.w.delta + x);
+      Vec p[2], ds[2];
+      PBM_UNROLL for (int y = 0; y < 2; y++) {
+        const int64_t z = at + y * kPitch + x;
+        p[y] = F == Flavour::bf16 ? vexp2_bf16(sub(mul(load(f.w.s + z), set1(factor)), lse))
+                                  : vexp2(sub(mul(load(f.w.s + z), set1(factor)), lse));
+        Vec dp = load(f.w.dp + z);
+        if constexpr (Dropout) dp = mul(dp, keep.at(keep, j + y, x));
+        ds[y] = mul(p[y], sub(dp, delta));
+        if (slope_of_cap) ds[y] = mul(ds[y], load(slope_of_cap + z));
+        if constexpr (Dropout) p[y] = mul(p[y], keep.at(keep, j + y, x));
+      }
+      char* panel = f.w.ds_panels + x / kPanel * block_groups + r / f.per_lane * kGroupBytes;
+      const int64_t row = at * f.size, next = row + kPitch * f.size;
+      store_pair<F>(f.w.p + row, f.w.p + next, x, p[0], p[1], nullptr);
+      store_pair<F>(f.w.ds + row, f.w.ds + next, x, ds[0], ds[1], panel);
+    }
+  }
+}
+
+// --- a block of keys ---------------------------------------------------------------------------------------------------
+
+void backpropagate(const Backward& f, const Chunk& c, const Tile& t, bool first, float* slope_of_cap) {
+  const Attention& a = f.a;
+  const int64_t rows = t.j.end - t.j.begin, columns = t.c.end - t.c.begin, panels = columns / kPanel;
+  const int64_t row = t.j.begin - f.item.begin;
+  const char* k = f.convert_k ? f.w.k + row * f.k_stride : key_row(a, a.k, f.item.b, f.item.kv_head, t.j.begin);
+  const char* v = f.convert_v ? f.w.v + row * f.v_stride : key_row(a, a.v, f.item.b, f.item.kv_head, t.j.begin);
+  const int64_t lda_k = f.convert_k ? f.k_stride : a.k.row * f.size, lda_v = f.convert_v ? f.v_stride : a.v.row * f.size;
+  const int64_t k_size = f.convert_k ? round_up(a.d, f.per_lane) : a.d, v_size = f.convert_v ? round_up(a.dv, f.per_lane) : a.dv;
+  const int64_t q_panel = f.q_groups * kGroupBytes, do_panel = f.do_groups * kGroupBytes;
+  const int64_t p0 = t.c.begin / kPanel;
+  block_product(a.flavour, {k, lda_k, rows, k_size}, {f.w.q_t + p0 * q_panel, q_panel, panels},
+                {f.w.s + t.c.begin, kPitch, false});
+  block_product(a.flavour, {v, lda_v, rows, v_size}, {f.w.do_t + p0 * do_panel, do_panel, panels},
+                {f.w.dp + t.c.begin, kPitch, false});
+
+  const bool plain = plain_scores(a);
+  if (!plain) adjust_scores(f, c, t, slope_of_cap);
+  hide(f, c, t);
+  if (rows % 2) {
+    for (int64_t x = t.c.begin; x < t.c.end; x++) {
+      f.w.s[rows * kPitch + x] = kHidden;
+      f.w.dp[rows * kPitch + x] = 0.f;
+    }
+    if (a.softcap != 0.f) std::memset(slope_of_cap + rows * kPitch, 0, kPitch * 4);
+  }
+  const float factor = plain ? a.scale * kLog2e : 1.f;
+  const float* cap = a.softcap != 0.f ? slope_of_cap : nullptr;
+  const auto run = [&]<Flavour F>() {
+    a.dropout.threshold ? differentiate<F, true>(f, c, t, factor, cap) : differentiate<F, false>(f, c, t, factor, cap);
+  };
+  a.flavour == Flavour::f32 ? run.template operator()<Flavour::f32>() : run.template operator()<Flavour::bf16>();
+
+  const int64_t count = c.i.end - c.i.begin, used = min64(t.c.end, round_up(count, f.per_lane)) - t.c.begin;
+  const int64_t chunk_panel = panel_groups(count, a.flavour) * kGroupBytes, skip = t.c.begin / f.per_lane * kGroupBytes;
+  const int64_t lda = kPitch * f.size;
+  block_product(a.flavour, {f.w.p + t.c.begin * f.size, lda, rows, used},
+                {f.w.d_o + skip, chunk_panel, f.dv_stride / kPanel},
+                {f.w.dv + row * f.dv_stride, f.dv_stride, true});
+  block_product(a.flavour, {f.w.ds + t.c.begin * f.size, lda, rows, used},
+                {f.w.q + skip, chunk_panel, f.dk_stride / kPanel}, {f.w.dk + row * f.dk_stride, f.dk_stride, true});
+  const int64_t block_panel = kBlockKeys / f.per_lane * kGroupBytes;
+  block_product(a.flavour, {block_transposed(f, t.j.begin), f.kt_stride, a.d, round_up(rows, f.per_lane)},
+                {f.w.ds_panels + p0 * block_panel, block_panel, panels}, {f.w.dq_t + t.c.begin, kPitch, !first});
+}
+
+// The chunk's columns of which a block of keys sees any.
+Range columns_of(const Backward& f, const Chunk& c, Range j) {
+  const int64_t begin = max64(seeing(f, j.begin).begin, c.i.begin), end = min64(seeing(f, j.end - 1).end, c.i.end);
+  if (begin >= end) return {0, 0};
+  return {(begin - c.i.begin) / kPanel * kPanel, round_up(end - c.i.begin, kPanel)};
+}
+
+void finish_chunk(const Backward& f, const Chunk& c) {
+  const Attention& a = f.a;
+  for (int64_t x = 0; x < c.i.end - c.i.begin; x += 16)
+    for (int64_t d = 0; d < a.d; d += 16) {
+      const int n = static_cast<int>(min64(16, a.d - d));
+      IVec r[16];
+      for (int l = 0; l < 16; l++) r[l] = l < n ? as_int(mul(load(f.w.dq_t + (d + l) * kPitch + x), set1(a.scale))) : izero();
+      transpose16(r);
+      for (int64_t l = 0; l < min64(16, c.i.end - c.i.begin - x); l++) {
+        char* to = const_cast<char*>(query_row(a, f.g.d_q, f.item.b + f.item.part * a.batch, c.head, c.i.begin + x + l));
+        with_float_dtype(f.g.d_q.dtype, [&]<DType T>() { store16_n<T>(to, d, as_float(r[l]), n); });
+      }
+    }
+}
+
+void finish_keys(const Backward& f, const AttentionOperand& x, const float* from, int64_t stride, int64_t d, float scale) {
+  for (int64_t j = f.item.begin; j < f.item.end; j++) {
+    const float* row = from + (j - f.item.begin) * stride;
+    char* to = const_cast<char*>(key_row(f.a, x, f.item.b, f.item.kv_head, j));
+    with_float_dtype(x.dtype, [&]<DType T>() {
+      for (int64_t e = 0; e < d; e += kWidth)
+        store16_n<T>(to, e, mul(load(row + e), set1(scale)), static_cast<int>(min64(kWidth, d - e)));
+    });
+  }
+}
+
+}  // namespace
+
+void attention_backward(const Attention& a, const AttentionGradients& g, const AttentionBackwardItem& item) {
+  const Flavour flavour = a.flavour;
+  const DType native = flavour == Flavour::f32 ? DType::f32 : DType::bf16;
+  const int64_t per_lane = k_per_lane(flavour), queries = queries_of(a, item.b), keys = keys_of(a, item.b);
+  Backward f{a,
+             g,
+             item,
+             queries,
+             keys,
+             a.bottom_right ? keys - queries : 0,
+             per_lane,
+             4 / per_lane,
+             round_up(a.d, kPanel),
+             round_up(a.dv, kPanel),
+             row_bytes(a.d, flavour),
+             row_bytes(a.dv, flavour),
+             row_bytes(kBlockKeys, flavour) + 64,  // not a power of two
+             panel_groups(a.d, flavour),
+             panel_groups(a.dv, flavour),
+             a.k.dtype != native,
+             a.v.dtype != native,
+             {}};
+  f.w = carve(f);
+  std::vector<float> slope_of_cap(a.softcap != 0.f ? kBlockKeys * kPitch : 0);
+  prepare_keys(f);
+  const int64_t group = a.heads / a.kv_heads;
+  for (int64_t h = item.kv_head * group; h < (item.kv_head + 1) * group; h++)
+    for (int64_t i = 0; i < queries; i += kChunkQueries) {
+      const Chunk c = {h, {i, min64(i + kChunkQueries, queries)}};
+      bool prepared = false;
+      for (int64_t j = item.begin; j < item.end; j += kBlockKeys) {
+        Tile t{{j, min64(j + kBlockKeys, item.end)}, {}};
+        t.c = columns_of(f, c, t.j);
+        if (t.c.begin >= t.c.end) continue;
+        if (!prepared) {
+          prepare_chunk(f, c);
+          std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
+        }
+        backpropagate(f, c, t, false, slope_of_cap.data());
+        prepared = true;
+      }
+      if (!prepared) std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
+      finish_chunk(f, c);
+    }
+  finish_keys(f, g.d_k, f.w.dk, f.dk_stride, a.d, a.scale);
+  finish_keys(f, g.d_v, f.w.dv, f.dv_stride, a.dv, 1.f);
+}
+
+}  // namespace pbm::PBM_TIER

@@ -16,6 +16,10 @@ void exp_array(const float* x, float* y, int64_t n) {
   over(x, y, n, [](Vec v) { return vexp(v); });
 }
 
+void tanh_array(const float* x, float* y, int64_t n) {
+  over(x, y, n, [](Vec v) { return vtanh(v); });
+}
+
 void normal_tail_array(const float* x, float* y, int64_t n) {
   over(x, y, n, [](Vec v) { return normal_tail(v); });
 }
@@ -60,7 +64,7 @@ void transpose_block(const int32_t* x, int32_t* y) {
 }  // namespace
 
 extern const test::Probe probe;
-const test::Probe probe = {exp_array,     normal_tail_array, activate_array,
-                           convert_array, store_bf16_array,  transpose_block};
+const test::Probe probe = {exp_array,     tanh_array,       normal_tail_array, activate_array,
+                           convert_array, store_bf16_array, transpose_block};
 
 }  // namespace pbm::PBM_TIER

@@ -11,6 +11,7 @@ namespace pbm::test {
 struct Probe {
   // n is a multiple of 16.
   void (*exp)(const float* x, float* y, int64_t n);
+  void (*tanh)(const float* x, float* y, int64_t n);
   void (*normal_tail)(const float* x, float* y, int64_t n);
   void (*activate)(Activation, const float* x, float* y, int64_t n);
   // Any count; nothing is read or written beyond it.

@@ -76,6 +76,16 @@ struct AttentionBackwardItem {
   int64_t b, kv_head, begin, end, part;
 };
 
+// Keys [begin, end), at most kMaskBlockKeys, of the gradient of a mask that all these sequences and heads share.
+// The gradient of query i and key j is added to out[i·row + j].
+constexpr int64_t kMaskBlockKeys = 96;
+struct AttentionMaskItem {
+  Range batch, head;
+  int64_t begin, end;
+  float* out;
+  int64_t row;
+};
+
 inline int64_t queries_of(const Attention& a, int64_t b) {
   return a.query_start ? a.query_start[b + 1] - a.query_start[b] : a.queries;
 }

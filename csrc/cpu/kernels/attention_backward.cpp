@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kChunkQueries = 128;
 constexpr int64_t kBlockKeys = 96;  // even; a multiple of a strip's rows
+static_assert(kMaskBlockKeys <= kBlockKeys);
 constexpr int64_t kPitch = kChunkQueries + 16;
 
 struct Work {
@@ -27,6 +28,7 @@ struct Work {
   float* dq_t;         // D × kPitch
   float *dk, *dv;      // keys × stride
   float *lse, *delta;  // of the chunk
+  float* slope_of_cap;  // kBlockKeys × kPitch
 };
 
 struct Backward {
@@ -70,11 +72,12 @@ Work carve(const Backward& f) {
   const int64_t dq_t = c.take(f.a.d * kPitch * 4);
   const int64_t dk = c.take(keys * f.dk_stride * 4), dv = c.take(keys * f.dv_stride * 4);
   const int64_t lse = c.take(n * 4), delta = c.take(n * 4);
+  const int64_t cap = c.take(f.a.softcap != 0.f ? scores : 0);
   char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   return {base + q_t, base + do_t, base + q,   base + d_o,     base + k,     base + v,   base + k_t, floats(s),
           floats(dp), base + p,    base + ds,  base + panels,  floats(dq_t), floats(dk), floats(dv), floats(lse),
-          floats(delta)};
+          floats(delta), floats(cap)};
 }
 
 void convert(const Backward& f, const AttentionOperand& x, int64_t d, int64_t j, int64_t count, bool transposed,
@@ -200,24 +203,28 @@ void adjust_scores(const Backward& f, const Chunk& c, const Tile& t, float* slop
     }
 }
 
-// Sixteen queries' factors of dropout for one key.
-struct Keep {
-  const Backward& f;
-  const Chunk& c;
-  IVec words[4];
-  int64_t counter = -1, column = -1;
+// Factors of dropout for one key and sixteen queries; four keys in a row share their random numbers.
+class Keep {
+ public:
+  Keep(const Backward& f, const Chunk& c) : f_(f), c_(c) {}
 
-  PBM_INLINE Vec at(Keep& k, int64_t j, int64_t x) {
-    if (k.counter != j / 4 || k.column != x) {
-      k.counter = j / 4;
-      k.column = x;
-      k.words[0] = iset1(static_cast<int32_t>(j / 4));
-      k.words[1] = iadd(to_int(iota()), iset1(static_cast<int32_t>(k.c.i.begin + x)));
-      k.words[2] = iset1(static_cast<int32_t>(k.f.item.b * k.f.a.heads + k.c.head));
-      philox4x32(k.words, k.f.a.dropout.seed);
+  Vec at(int64_t j, int64_t x) {
+    if (counter_ != j / 4 || column_ != x) {
+      counter_ = j / 4;
+      column_ = x;
+      words_[0] = iset1(static_cast<int32_t>(counter_));
+      words_[1] = iadd(to_int(iota()), iset1(static_cast<int32_t>(c_.i.begin + x)));
+      words_[2] = iset1(static_cast<int32_t>(f_.item.b * f_.a.heads + c_.head));
+      philox4x32(words_, f_.a.dropout.seed);
     }
-    return kept(k.words[j % 4], k.f.a.dropout.threshold, k.f.a.dropout.factor);
+    return kept(words_[j % 4], f_.a.dropout.threshold, f_.a.dropout.factor);
   }
+
+ private:
+  const Backward& f_;
+  const Chunk& c_;
+  IVec words_[4];
+  int64_t counter_ = -1, column_ = -1;
 };
 
 // Two keys' sixteen values each to their rows, and to their panel if there is one.
@@ -231,7 +238,7 @@ PBM_INLINE void store_pair(char* row0, char* row1, int64_t x, Vec v0, Vec v1, ch
       store(reinterpret_cast<float*>(panel + kGroupBytes), v1);
     }
   } else {
-    const IVec h0 = bf16_bits_finite(v0), h1 = bf16_bits_finite(v1);
+    const IVec h0 = bf16_bits(v0), h1 = bf16_bits(v1);
     narrow_u16(reinterpret_cast<uint16_t*>(row0) + x, h0);
     narrow_u16(reinterpret_cast<uint16_t*>(row1) + x, h1);
     if (panel) istore(panel, ior(h0, shl<16>(h1)));
@@ -254,79 +261,118 @@ PBM_INLINE void store_pair<Flavour::bf16>(char* row0, char* row1, int64_t x, Vec
 }
 #endif
 
+// Sixteen queries of one key: the probability that V's gradient takes, and the gradient of the score.
+struct Sixteen {
+  Vec p, ds;
+};
+
+template <Flavour F, bool Dropped>
+PBM_INLINE Sixteen sixteen(const Backward& f, Keep* keep, int64_t j, int64_t x, int64_t at, float factor) {
+  const Vec exponent = sub(mul(load(f.w.s + at), set1(factor)), load(f.w.lse + x));
+  Vec p = F == Flavour::bf16 ? vexp2_bf16(exponent) : vexp2(exponent);
+  Vec dp = load(f.w.dp + at);
+  if constexpr (!Dropped) return {p, mul(p, sub(dp, load(f.w.delta + x)))};
+  const Vec m = keep->at(j, x);
+  return {mul(p, m), mul(p, sub(mul(dp, m), load(f.w.delta + x)))};
+}
+
 // P and dS of a tile from its scores and gradients of probabilities.
-template <Flavour F, bool Dropout>
+template <Flavour F, bool Dropped>
 void differentiate(const Backward& f, const Chunk& c, const Tile& t, float factor, const float* slope_of_cap) {
-  Keep keep{f, c, {}};
-  const int64_t block_groups = kBlockKeys / f.per_lane * kGroupBytes;
+  Keep keep(f, c);
+  const int64_t block_panel = kBlockKeys / f.per_lane * kGroupBytes;
   for (int64_t r = 0; r < t.j.end - t.j.begin; r += 2) {
-    const int64_t at = r * kPitch, j = t.j.begin + r;
+    const int64_t at = r * kPitch, j = t.j.begin + r, row = at * f.size, next = row + kPitch * f.size;
     for (int64_t x = t.c.begin; x < t.c.end; x += kWidth) {
-      const Vec lse = load(f.w.lse + x), delta = load(f.w.delta + x);
-      Vec p[2], ds[2];
-      PBM_UNROLL for (int y = 0; y < 2; y++) {
-        const int64_t z = at + y * kPitch + x;
-        p[y] = F == Flavour::bf16 ? vexp2_bf16(sub(mul(load(f.w.s + z), set1(factor)), lse))
-                                  : vexp2(sub(mul(load(f.w.s + z), set1(factor)), lse));
-        Vec dp = load(f.w.dp + z);
-        if constexpr (Dropout) dp = mul(dp, keep.at(keep, j + y, x));
-        ds[y] = mul(p[y], sub(dp, delta));
-        if (slope_of_cap) ds[y] = mul(ds[y], load(slope_of_cap + z));
-        if constexpr (Dropout) p[y] = mul(p[y], keep.at(keep, j + y, x));
+      Sixteen y0 = sixteen<F, Dropped>(f, &keep, j, x, at + x, factor);
+      Sixteen y1 = sixteen<F, Dropped>(f, &keep, j + 1, x, at + kPitch + x, factor);
+      if (slope_of_cap) {
+        y0.ds = mul(y0.ds, load(slope_of_cap + at + x));
+        y1.ds = mul(y1.ds, load(slope_of_cap + at + kPitch + x));
       }
-      char* panel = f.w.ds_panels + x / kPanel * block_groups + r / f.per_lane * kGroupBytes;
-      const int64_t row = at * f.size, next = row + kPitch * f.size;
-      store_pair<F>(f.w.p + row, f.w.p + next, x, p[0], p[1], nullptr);
-      store_pair<F>(f.w.ds + row, f.w.ds + next, x, ds[0], ds[1], panel);
+      store_pair<F>(f.w.p + row, f.w.p + next, x, y0.p, y1.p, nullptr);
+      store_pair<F>(f.w.ds + row, f.w.ds + next, x, y0.ds, y1.ds,
+                    f.w.ds_panels + x / kPanel * block_panel + r / f.per_lane * kGroupBytes);
     }
   }
 }
 
+// A tile's part in the gradient of the mask, added to the rows of its queries.
+template <Flavour F, bool Dropped>
+void add_to_mask(const Backward& f, const Chunk& c, const Tile& t, float factor, const AttentionMaskItem& item) {
+  Keep keep(f, c);
+  for (int64_t x = t.c.begin; x < t.c.end; x += 16)
+    for (int64_t j = t.j.begin; j < t.j.end; j += 16) {
+      const int n = static_cast<int>(min64(16, t.j.end - j));
+      IVec r[16];
+      for (int l = 0; l < 16; l++)
+        r[l] = l < n ? as_int(sixteen<F, Dropped>(f, &keep, j + l, x, (j + l - t.j.begin) * kPitch + x, factor).ds) : izero();
+      transpose16(r);
+      for (int64_t l = 0; l < min64(16, c.i.end - c.i.begin - x); l++) {
+        float* to = item.out + (c.i.begin + x + l) * item.row + j;
+        store_n(to, add(load_n(to, n), as_float(r[l])), n);
+      }
+    }
+}
+
+template <class Body>
+void with_variant(const Attention& a, const Body& body) {
+  const auto flavoured = [&]<Flavour F>() {
+    a.dropout.threshold ? body.template operator()<F, true>() : body.template operator()<F, false>();
+  };
+  a.flavour == Flavour::f32 ? flavoured.template operator()<Flavour::f32>()
+                            : flavoured.template operator()<Flavour::bf16>();
+}
+
 // --- a block of keys ---------------------------------------------------------------------------------------------------
 
-void backpropagate(const Backward& f, const Chunk& c, const Tile& t, bool first, float* slope_of_cap) {
+// Scores as exponents of base 2, up to the factor that is returned, and the gradients of probabilities.
+float scores(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_cap) {
   const Attention& a = f.a;
-  const int64_t rows = t.j.end - t.j.begin, columns = t.c.end - t.c.begin, panels = columns / kPanel;
-  const int64_t row = t.j.begin - f.item.begin;
+  const int64_t rows = t.j.end - t.j.begin, panels = (t.c.end - t.c.begin) / kPanel;
+  const int64_t row = t.j.begin - f.item.begin, p0 = t.c.begin / kPanel;
   const char* k = f.convert_k ? f.w.k + row * f.k_stride : key_row(a, a.k, f.item.b, f.item.kv_head, t.j.begin);
   const char* v = f.convert_v ? f.w.v + row * f.v_stride : key_row(a, a.v, f.item.b, f.item.kv_head, t.j.begin);
-  const int64_t lda_k = f.convert_k ? f.k_stride : a.k.row * f.size, lda_v = f.convert_v ? f.v_stride : a.v.row * f.size;
-  const int64_t k_size = f.convert_k ? round_up(a.d, f.per_lane) : a.d, v_size = f.convert_v ? round_up(a.dv, f.per_lane) : a.dv;
+  const BlockA k_rows = {k, f.convert_k ? f.k_stride : a.k.row * f.size, rows,
+                         f.convert_k ? round_up(a.d, f.per_lane) : a.d};
+  const BlockA v_rows = {v, f.convert_v ? f.v_stride : a.v.row * f.size, rows,
+                         f.convert_v ? round_up(a.dv, f.per_lane) : a.dv};
   const int64_t q_panel = f.q_groups * kGroupBytes, do_panel = f.do_groups * kGroupBytes;
-  const int64_t p0 = t.c.begin / kPanel;
-  block_product(a.flavour, {k, lda_k, rows, k_size}, {f.w.q_t + p0 * q_panel, q_panel, panels},
-                {f.w.s + t.c.begin, kPitch, false});
-  block_product(a.flavour, {v, lda_v, rows, v_size}, {f.w.do_t + p0 * do_panel, do_panel, panels},
-                {f.w.dp + t.c.begin, kPitch, false});
+  block_product(a.flavour, k_rows, {f.w.q_t + p0 * q_panel, q_panel, panels}, {f.w.s + t.c.begin, kPitch, false});
+  block_product(a.flavour, v_rows, {f.w.do_t + p0 * do_panel, do_panel, panels}, {f.w.dp + t.c.begin, kPitch, false});
 
   const bool plain = plain_scores(a);
   if (!plain) adjust_scores(f, c, t, slope_of_cap);
   hide(f, c, t);
-  if (rows % 2) {
+  if (rows % 2) {  // what is written in pairs has a partner without weight
     for (int64_t x = t.c.begin; x < t.c.end; x++) {
       f.w.s[rows * kPitch + x] = kHidden;
       f.w.dp[rows * kPitch + x] = 0.f;
     }
     if (a.softcap != 0.f) std::memset(slope_of_cap + rows * kPitch, 0, kPitch * 4);
   }
-  const float factor = plain ? a.scale * kLog2e : 1.f;
-  const float* cap = a.softcap != 0.f ? slope_of_cap : nullptr;
-  const auto run = [&]<Flavour F>() {
-    a.dropout.threshold ? differentiate<F, true>(f, c, t, factor, cap) : differentiate<F, false>(f, c, t, factor, cap);
-  };
-  a.flavour == Flavour::f32 ? run.template operator()<Flavour::f32>() : run.template operator()<Flavour::bf16>();
+  return plain ? a.scale * kLog2e : 1.f;
+}
 
+void backpropagate(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_cap) {
+  const Attention& a = f.a;
+  const float factor = scores(f, c, t, slope_of_cap);
+  with_variant(a, [&]<Flavour F, bool Dropped>() {
+    differentiate<F, Dropped>(f, c, t, factor, a.softcap != 0.f ? slope_of_cap : nullptr);
+  });
+
+  const int64_t rows = t.j.end - t.j.begin, row = t.j.begin - f.item.begin;
   const int64_t count = c.i.end - c.i.begin, used = min64(t.c.end, round_up(count, f.per_lane)) - t.c.begin;
   const int64_t chunk_panel = panel_groups(count, a.flavour) * kGroupBytes, skip = t.c.begin / f.per_lane * kGroupBytes;
-  const int64_t lda = kPitch * f.size;
-  block_product(a.flavour, {f.w.p + t.c.begin * f.size, lda, rows, used},
-                {f.w.d_o + skip, chunk_panel, f.dv_stride / kPanel},
+  const int64_t stride = kPitch * f.size, first = t.c.begin * f.size;
+  block_product(a.flavour, {f.w.p + first, stride, rows, used}, {f.w.d_o + skip, chunk_panel, f.dv_stride / kPanel},
                 {f.w.dv + row * f.dv_stride, f.dv_stride, true});
-  block_product(a.flavour, {f.w.ds + t.c.begin * f.size, lda, rows, used},
-                {f.w.q + skip, chunk_panel, f.dk_stride / kPanel}, {f.w.dk + row * f.dk_stride, f.dk_stride, true});
+  block_product(a.flavour, {f.w.ds + first, stride, rows, used}, {f.w.q + skip, chunk_panel, f.dk_stride / kPanel},
+                {f.w.dk + row * f.dk_stride, f.dk_stride, true});
   const int64_t block_panel = kBlockKeys / f.per_lane * kGroupBytes;
   block_product(a.flavour, {block_transposed(f, t.j.begin), f.kt_stride, a.d, round_up(rows, f.per_lane)},
-                {f.w.ds_panels + p0 * block_panel, block_panel, panels}, {f.w.dq_t + t.c.begin, kPitch, !first});
+                {f.w.ds_panels + t.c.begin / kPanel * block_panel, block_panel, (t.c.end - t.c.begin) / kPanel},
+                {f.w.dq_t + t.c.begin, kPitch, true});
 }
 
 // The chunk's columns of which a block of keys sees any.
@@ -362,54 +408,75 @@ void finish_keys(const Backward& f, const AttentionOperand& x, const float* from
   }
 }
 
+Backward backward(const Attention& a, const AttentionGradients& g, const AttentionBackwardItem& item) {
+  const int64_t per_lane = k_per_lane(a.flavour), queries = queries_of(a, item.b), keys = keys_of(a, item.b);
+  const DType native = a.flavour == Flavour::f32 ? DType::f32 : DType::bf16;
+  return {a,
+          g,
+          item,
+          queries,
+          keys,
+          a.bottom_right ? keys - queries : 0,
+          per_lane,
+          4 / per_lane,
+          round_up(a.d, kPanel),
+          round_up(a.dv, kPanel),
+          row_bytes(a.d, a.flavour),
+          row_bytes(a.dv, a.flavour),
+          row_bytes(kBlockKeys, a.flavour) + 64,  // not a power of two
+          panel_groups(a.d, a.flavour),
+          panel_groups(a.dv, a.flavour),
+          a.k.dtype != native,
+          a.v.dtype != native,
+          {}};
+}
+
+template <class Body>
+void for_each_chunk(const Backward& f, int64_t head, const Body& body) {
+  for (int64_t i = 0; i < f.queries; i += kChunkQueries) body(Chunk{head, {i, min64(i + kChunkQueries, f.queries)}});
+}
+
 }  // namespace
 
 void attention_backward(const Attention& a, const AttentionGradients& g, const AttentionBackwardItem& item) {
-  const Flavour flavour = a.flavour;
-  const DType native = flavour == Flavour::f32 ? DType::f32 : DType::bf16;
-  const int64_t per_lane = k_per_lane(flavour), queries = queries_of(a, item.b), keys = keys_of(a, item.b);
-  Backward f{a,
-             g,
-             item,
-             queries,
-             keys,
-             a.bottom_right ? keys - queries : 0,
-             per_lane,
-             4 / per_lane,
-             round_up(a.d, kPanel),
-             round_up(a.dv, kPanel),
-             row_bytes(a.d, flavour),
-             row_bytes(a.dv, flavour),
-             row_bytes(kBlockKeys, flavour) + 64,  // not a power of two
-             panel_groups(a.d, flavour),
-             panel_groups(a.dv, flavour),
-             a.k.dtype != native,
-             a.v.dtype != native,
-             {}};
+  Backward f = backward(a, g, item);
   f.w = carve(f);
-  std::vector<float> slope_of_cap(a.softcap != 0.f ? kBlockKeys * kPitch : 0);
   prepare_keys(f);
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t h = item.kv_head * group; h < (item.kv_head + 1) * group; h++)
-    for (int64_t i = 0; i < queries; i += kChunkQueries) {
-      const Chunk c = {h, {i, min64(i + kChunkQueries, queries)}};
+    for_each_chunk(f, h, [&](const Chunk& c) {
+      std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
       bool prepared = false;
       for (int64_t j = item.begin; j < item.end; j += kBlockKeys) {
         Tile t{{j, min64(j + kBlockKeys, item.end)}, {}};
         t.c = columns_of(f, c, t.j);
         if (t.c.begin >= t.c.end) continue;
-        if (!prepared) {
-          prepare_chunk(f, c);
-          std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
-        }
-        backpropagate(f, c, t, false, slope_of_cap.data());
+        if (!prepared) prepare_chunk(f, c);
         prepared = true;
+        backpropagate(f, c, t, f.w.slope_of_cap);
       }
-      if (!prepared) std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
       finish_chunk(f, c);
-    }
+    });
   finish_keys(f, g.d_k, f.w.dk, f.dk_stride, a.d, a.scale);
   finish_keys(f, g.d_v, f.w.dv, f.dv_stride, a.dv, 1.f);
+}
+
+void attention_mask_gradient(const Attention& a, const AttentionGradients& g, const AttentionMaskItem& item) {
+  for (int64_t b = item.batch.begin; b < item.batch.end; b++)
+    for (int64_t h = item.head.begin; h < item.head.end; h++) {
+      const AttentionBackwardItem keys = {b, h / (a.heads / a.kv_heads), item.begin, item.end, 0};
+      Backward f = backward(a, g, keys);
+      f.w = carve(f);
+      prepare_keys(f);
+      for_each_chunk(f, h, [&](const Chunk& c) {
+        Tile t{{item.begin, item.end}, {}};
+        t.c = columns_of(f, c, t.j);
+        if (t.c.begin >= t.c.end) return;
+        prepare_chunk(f, c);
+        const float factor = scores(f, c, t, f.w.slope_of_cap);
+        with_variant(a, [&]<Flavour F, bool Dropped>() { add_to_mask<F, Dropped>(f, c, t, factor, item); });
+      });
+    }
 }
 
 }  // namespace pbm::PBM_TIER

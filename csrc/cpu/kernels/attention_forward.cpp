@@ -11,8 +11,6 @@ namespace {
 // Bytes of packed K and V that stay in L2 beside what passes by, and the most keys of a block.
 constexpr int64_t kBlockBytes = int64_t{256} << 10;
 constexpr int64_t kMostKeys = 512;
-PBM_INLINE Vec vtanh_tmp(Vec x) { return sub(set1(1.f), div(set1(2.f), add(set1(1.f), vexp(add(x, x))))); }
-
 // Independent of the item, the batch and the threads, so that a row's result is too.
 int64_t block_keys(const Attention& a) {
   const int64_t bytes = (a.d + a.dv) * 4 / k_per_lane(a.flavour);
@@ -98,7 +96,7 @@ void adjust_scores(const Forward& f, const Strip& s, int64_t j0) {
     for (int64_t j = s.columns.begin; j < s.columns.end; j += kWidth) {
       Vec x = load(row + j);
       if (a.softcap != 0.f) {
-        x = mul(vtanh_tmp(mul(x, set1(a.scale / a.softcap))), set1(a.softcap * kLog2e));
+        x = mul(vtanh(mul(x, set1(a.scale / a.softcap))), set1(a.softcap * kLog2e));
       } else {
         x = mul(x, set1(a.scale * kLog2e));
       }

@@ -13,6 +13,7 @@ const Kernels table = {
     .column_sum = column_sum,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
+    .attention_mask_gradient = attention_mask_gradient,
 };
 
 }  // namespace pbm::PBM_TIER

@@ -23,6 +23,7 @@ struct Kernels {
   void (*column_sum)(const ColumnSum&, int64_t begin, int64_t end);
   void (*attention_forward)(const Attention&, const AttentionItem&);
   void (*attention_backward)(const Attention&, const AttentionGradients&, const AttentionBackwardItem&);
+  void (*attention_mask_gradient)(const Attention&, const AttentionGradients&, const AttentionMaskItem&);
 };
 
 const Kernels& kernels();  // of active_isa()

@@ -1,0 +1,192 @@
+#include "cpu/attention.h"
+
+namespace pbm {
+namespace {
+
+// Parts of the keys of one head. Each beyond the first costs another copy of dQ in fp32 and packing the queries again, so
+// there are several only where heads alone would leave threads without work.
+int64_t key_parts(const Attention& a) {
+  constexpr int64_t kFewestKeys = 192;
+  const int64_t heads = a.batch * a.kv_heads, threads = torch::stable::get_num_threads();
+  if (heads == 0 || heads >= 4 * threads) return 1;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < a.batch; b++) longest = std::max(longest, keys_of(a, b));
+  const int64_t most = std::min<int64_t>(std::max<int64_t>(longest / kFewestKeys, 1), 2 * threads);
+  int64_t best = 1, least = -1;
+  for (int64_t parts = 1; parts <= most; parts++) {
+    const int64_t cost = ceil_div(heads * parts, threads) * (ceil_div(longest, parts) + 32);
+    if (least < 0 || cost < least) {
+      least = cost;
+      best = parts;
+    }
+  }
+  return best;
+}
+
+AttentionOperand written(const Tensor& t, AttentionProblem* p) { return operand("a gradient", t, p); }
+
+// dQ's parts, added in their order.
+void add_parts(const Tensor& parts, const Tensor& out) {
+  const int64_t n = out.numel();
+  const ColumnSum s{parts.size(0), n, parts.mutable_data_ptr(), DType::f32, n, out.mutable_data_ptr(), dtype_of(out)};
+  const int64_t threads = torch::stable::get_num_threads();
+  parallel(threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Range c = part(n, kPanel, threads, i);
+      kernels().column_sum(s, c.begin, c.end);
+    }
+  });
+}
+
+struct Saved {
+  const Tensor& grad_out;
+  const std::optional<Tensor>& grad_lse;
+  const Tensor &q, &k, &v, &out, &lse;
+};
+
+void check_saved(const char* op, const Saved& s, const AttentionProblem& p) {
+  const bool packed = s.q.dim() == 3;
+  const auto check = [&](const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
+    check_dtype(op, name, t, dtype);
+    check_same_device(op, name, t, s.q);
+    bool same = t.dim() == static_cast<int64_t>(shape.size());
+    int64_t i = 0;
+    for (int64_t size : shape) same = same && t.size(i++) == size;
+    std::ostringstream expected;
+    i = 0;
+    for (int64_t size : shape) expected << (i++ ? ", " : "(") << size;
+    STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", expected.str(), "), got ", shape_of(t));
+  };
+  const Attention& a = p.a;
+  const ScalarType dtype = s.q.scalar_type();
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"grad_out", s.grad_out}, {"out", s.out}})
+    packed ? check(name, t, dtype, {s.q.size(0), a.heads, a.dv}) : check(name, t, dtype, {a.batch, a.heads, a.queries, a.dv});
+  const auto check_rows = [&](const char* name, const Tensor& t) {
+    packed ? check(name, t, ScalarType::Float, {a.heads, s.q.size(0)})
+           : check(name, t, ScalarType::Float, {a.batch, a.heads, a.queries});
+  };
+  check_rows("lse", s.lse);
+  if (s.grad_lse) check_rows("grad_lse", *s.grad_lse);
+}
+
+AttentionGradients gradients_of(const Saved& s, AttentionProblem* p) {
+  AttentionGradients g{};
+  g.out = operand("out", s.out, p);
+  g.d_out = operand("grad_out", s.grad_out, p);
+  const Tensor lse = as_contiguous(s.lse);
+  p->kept.push_back(lse);
+  g.lse = static_cast<const float*>(data_of("lse", lse));
+  if (s.grad_lse) {
+    const Tensor d_lse = as_contiguous(*s.grad_lse);
+    p->kept.push_back(d_lse);
+    g.d_lse = static_cast<const float*>(data_of("grad_lse", d_lse));
+  }
+  p->a.lse_head = lse.size(lse.dim() - 1);
+  p->a.lse_batch = lse.dim() == 3 ? lse.size(1) * lse.size(2) : 0;
+  return g;
+}
+
+Tensor empty_like(const Tensor& t, ScalarType dtype, int64_t copies = 0) {
+  std::vector<int64_t> sizes;
+  if (copies) sizes.push_back(copies);
+  for (int64_t i = 0; i < t.dim(); i++) sizes.push_back(t.size(i));
+  return empty_cpu(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> run(const Saved& s, AttentionProblem* p, AttentionGradients g) {
+  const Attention& a = p->a;
+  const int64_t parts = key_parts(a);
+  const ScalarType dtype = s.q.scalar_type();
+  Tensor d_q = empty_like(s.q, dtype), d_k = empty_like(s.k, dtype), d_v = empty_like(s.v, dtype);
+  std::optional<Tensor> d_q_parts;
+  if (parts > 1) d_q_parts = empty_like(s.q, ScalarType::Float, parts);
+  g.d_k = written(d_k, p);
+  g.d_v = written(d_v, p);
+  g.d_q = written(d_q, p);
+  if (parts > 1) {
+    g.d_q.data = d_q_parts->mutable_data_ptr();
+    g.d_q.dtype = DType::f32;
+    if (s.q.dim() == 3) g.d_q.batch = s.q.numel();
+  }
+  std::vector<AttentionBackwardItem> items;
+  for (int64_t b = 0; b < a.batch; b++)
+    for (int64_t i = parts - 1; i >= 0; i--) {
+      const Range r = part(keys_of(a, b), 2, parts, i);  // also an empty one: its dQ is zeros
+      for (int64_t h = 0; h < a.kv_heads; h++) items.push_back({b, h, r.begin, r.end, i});
+    }
+  const Kernels& kernel = kernels();
+  for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) { kernel.attention_backward(a, g, items[i]); });
+  if (parts > 1) add_parts(*d_q_parts, d_q);
+  return {d_q, d_k, d_v};
+}
+
+// In fp32, with every key; then summed over what was broadcast.
+Tensor mask_gradient(const Tensor& mask, AttentionProblem* p, const AttentionGradients& g) {
+  const Attention& a = p->a;
+  const int64_t sizes[4] = {a.mask.batch ? a.batch : 1, a.mask.head ? a.heads : 1, a.mask.row ? a.queries : 1, a.keys};
+  Tensor full = empty_cpu(sizes, 4, ScalarType::Float);
+  torch::stable::zero_(full);
+  float* out = static_cast<float*>(full.mutable_data_ptr());
+  std::vector<AttentionMaskItem> items;
+  for (int64_t b = 0; b < sizes[0]; b++)
+    for (int64_t h = 0; h < sizes[1]; h++)
+      for (int64_t j = 0; j < a.keys; j += kMaskBlockKeys) {
+        const Range batch = sizes[0] > 1 ? Range{b, b + 1} : Range{0, a.batch};
+        const Range head = sizes[1] > 1 ? Range{h, h + 1} : Range{0, a.heads};
+        items.push_back({batch, head, j, std::min(j + kMaskBlockKeys, a.keys), out + (b * sizes[1] + h) * sizes[2] * a.keys,
+                         sizes[2] > 1 ? a.keys : 0});
+      }
+  const Kernels& kernel = kernels();
+  for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) { kernel.attention_mask_gradient(a, g, items[i]); });
+
+  const int64_t dim = mask.dim();
+  if (dim == 0 || (mask.size(dim - 1) == 1 && a.keys != 1)) {
+    const int64_t last = 3;
+    full = torch::stable::sum(full, torch::headeronly::IntHeaderOnlyArrayRef(&last, 1), true, std::nullopt);
+  }
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < dim; i++) shape.push_back(mask.size(i));
+  full = torch::stable::reshape(full, shape);
+  return mask.scalar_type() == ScalarType::Float ? full : torch::stable::to(full, mask.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& dropout_seed, int64_t window_left,
+    int64_t window_right, bool bottom_right, double softcap, double dropout_p, double scale, int64_t precision,
+    bool need_mask) {
+  const char* op = "attention_backward";
+  AttentionProblem p = attention_problem(op, q, k, v,
+                                         {attn_mask, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
+                                          softcap, dropout_p, scale, precision});
+  const Saved saved = {grad_out, grad_lse, q, k, v, out, lse};
+  check_saved(op, saved, p);
+  const AttentionGradients g = gradients_of(saved, &p);
+  const auto [d_q, d_k, d_v] = run(saved, &p, g);
+  const int64_t nothing = 0;
+  const bool with_mask = need_mask && attn_mask;
+  return {d_q, d_k, d_v, with_mask ? mask_gradient(*attn_mask, &p, g) : empty_cpu(&nothing, 1, q.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& dropout_seed, int64_t window_left,
+    int64_t window_right, bool bottom_right, double softcap, double dropout_p, double scale, int64_t precision) {
+  const char* op = "attention_varlen_backward";
+  AttentionProblem p = varlen_problem(op, q, k, v, cu_seqlens_q, cu_seqlens_k,
+                                      {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
+                                       softcap, dropout_p, scale, precision});
+  const Saved saved = {grad_out, grad_lse, q, k, v, out, lse};
+  check_saved(op, saved, p);
+  return run(saved, &p, gradients_of(saved, &p));
+}
+
+}  // namespace
+}  // namespace pbm
+
+STABLE_TORCH_LIBRARY_IMPL(pybigmodel, CPU, m) {
+  m.impl("attention_backward", TORCH_BOX(&pbm::attention_backward));
+  m.impl("attention_varlen_backward", TORCH_BOX(&pbm::attention_varlen_backward));
+}

@@ -237,29 +237,24 @@ PBM_INLINE void store_pair(char* row0, char* row1, int64_t x, Vec v0, Vec v1, ch
       store(reinterpret_cast<float*>(panel), v0);
       store(reinterpret_cast<float*>(panel + kGroupBytes), v1);
     }
-  } else {
-    const IVec h0 = bf16_bits(v0), h1 = bf16_bits(v1);
-    narrow_u16(reinterpret_cast<uint16_t*>(row0) + x, h0);
-    narrow_u16(reinterpret_cast<uint16_t*>(row1) + x, h1);
-    if (panel) istore(panel, ior(h0, shl<16>(h1)));
+    return;
   }
-}
-
 #if PBM_TIER_LEVEL >= 3
-template <>
-PBM_INLINE void store_pair<Flavour::bf16>(char* row0, char* row1, int64_t x, Vec v0, Vec v1, char* panel) {
-  const __m512bh h = _mm512_cvtne2ps_pbh(v1.v, v0.v);
-  __m512i bits;
-  std::memcpy(&bits, &h, 64);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row0 + 2 * x), _mm512_castsi512_si256(bits));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row1 + 2 * x), _mm512_extracti64x4_epi64(bits, 1));
-  if (panel) {
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    istore(panel, {_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), bits)});
-  }
-}
+  const __m512bh both = _mm512_cvtne2ps_pbh(v1.v, v0.v);
+  __m512i h;
+  std::memcpy(&h, &both, 64);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row0 + 2 * x), _mm512_castsi512_si256(h));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row1 + 2 * x), _mm512_extracti64x4_epi64(h, 1));
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  if (panel) istore(panel, {_mm512_permutexvar_epi16(_mm512_load_si512(kPairs), h)});
+#else
+  const IVec h0 = bf16_bits(v0), h1 = bf16_bits(v1);
+  narrow_u16(reinterpret_cast<uint16_t*>(row0) + x, h0);
+  narrow_u16(reinterpret_cast<uint16_t*>(row1) + x, h1);
+  if (panel) istore(panel, ior(h0, shl<16>(h1)));
 #endif
+}
 
 // Sixteen queries of one key: the probability that V's gradient takes, and the gradient of the score.
 struct Sixteen {

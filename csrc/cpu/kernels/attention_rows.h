@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/impl.h"
+#include "cpu/kernels/vec.h"
 
 namespace pbm::PBM_TIER {
 

@@ -51,6 +51,8 @@ PBM_INLINE Vec vexp2_bf16(Vec x) {
   p = fmadd(p, f, set1(0x1.62d6c6p-1f));
   p = fmadd(p, f, set1(1.f));
   return scale_by_pow2_floor(p, x);
+}
+
 // tanh x = −m/(m + 2) with m = e^(−2|x|) − 1, error below 2.5 ulp for every x. m is computed as such, not as e^… − 1,
 // and so keeps its digits near 0. ±0, subnormals and NaN come out as they are.
 PBM_INLINE Vec vtanh(Vec x) {

@@ -1,8 +1,8 @@
 // Keys outside, queries inside: a block of K and V is packed once and stays in L2 while every row of the item passes by;
 // a strip of scores stays in L1. Running maxima, sums and outputs are kept per row (online softmax).
 #include "common/scratch.h"
-#include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/attention_scores.h"
+#include "cpu/kernels/attention_tiles.h"
 #include "cpu/kernels/impl.h"
 
 namespace pbm::PBM_TIER {
@@ -144,33 +144,48 @@ PBM_INLINE Vec exponential(Vec x) {
   return F == Flavour::bf16 ? vexp2_bf16(x) : vexp2(x);
 }
 
-// One row: p = 2^(s·factor − max); returns what the row's earlier sum and output are multiplied with.
+// The rows' maxima, where scores were changed since the product.
+void find_maxima(const Forward& f, const Strip& s, float* max) {
+  for (int r = 0; r < s.rows; r++) {
+    Vec m = set1(kHidden);
+    for (int64_t j = s.columns.begin; j < s.columns.end; j += kWidth) m = vmax(load(f.w.scores + r * f.pitch + j), m);
+    max[r] = reduce_max(m);
+  }
+}
+
+// p = 2^(s·factor − max) for a strip whose rows have the maxima found_max; rescale gets what the rows' earlier sums and
+// outputs are multiplied with.
 template <Flavour F>
-PBM_INLINE float soften(float* row, char* p, Range columns, float factor, float* max, float* sum) {
-  Vec m0 = set1(kHidden), m1 = m0;
-  int64_t j = columns.begin;
-  for (; j + 2 * kWidth <= columns.end; j += 2 * kWidth) {
-    m0 = vmax(load(row + j), m0);
-    m1 = vmax(load(row + j + kWidth), m1);
+void soften(const Forward& f, const Strip& s, float factor, const float* found_max, float* rescale) {
+  const Vec old = load_n(f.w.max + s.row, s.rows);
+  const Vec now = vmax(mul(load(found_max), set1(factor)), old);
+  alignas(64) float base[16], sums[16] = {};
+  store(base, where_hidden(now, zero(), now));
+  store_n(f.w.max + s.row, now, s.rows);
+  const int64_t pairs = (s.columns.end - s.columns.begin) / (2 * kWidth) * (2 * kWidth);
+  for (int r = 0; r < s.rows; r++) {
+    float* row = f.w.scores + r * f.pitch;
+    char* p = f.w.p + r * f.pitch * (F == Flavour::f32 ? 4 : 2);
+    const Vec low = set1(-base[r]), scale = set1(factor);
+    Vec s0 = zero(), s1 = zero();
+    int64_t j = s.columns.begin;
+    for (; j < s.columns.begin + pairs; j += 2 * kWidth) {
+      const Vec x0 = exponential<F>(fmadd(load(row + j), scale, low));
+      const Vec x1 = exponential<F>(fmadd(load(row + j + kWidth), scale, low));
+      s0 = add(s0, x0);
+      s1 = add(s1, x1);
+      store_p<F>(p, j, x0, x1);
+    }
+    if (j < s.columns.end) {  // there is room for one panel more
+      const Vec x0 = exponential<F>(fmadd(load(row + j), scale, low));
+      s0 = add(s0, x0);
+      store_p<F>(p, j, x0, zero());
+    }
+    sums[r] = reduce_add(add(s0, s1));
   }
-  if (j < columns.end) {
-    m0 = vmax(load(row + j), m0);
-    store(row + columns.end, set1(kHidden));
-  }
-  const float old = *max, now = __builtin_fmaxf(old, reduce_max(vmax(m0, m1)) * factor);
-  *max = now;
-  const float base = now == kHidden ? 0.f : now;
-  Vec s0 = zero(), s1 = zero();
-  for (j = columns.begin; j < columns.end; j += 2 * kWidth) {
-    const Vec x0 = exponential<F>(fmadd(load(row + j), set1(factor), set1(-base)));
-    const Vec x1 = exponential<F>(fmadd(load(row + j + kWidth), set1(factor), set1(-base)));
-    s0 = add(s0, x0);
-    s1 = add(s1, x1);
-    store_p<F>(p, j, x0, x1);
-  }
-  const float rescale = old == now ? 1.f : reduce_max(vexp2(set1(old - base)));
-  *sum = *sum * rescale + reduce_add(add(s0, s1));
-  return rescale;
+  const Vec earlier = vexp2(sub(old, load(base)));
+  store(rescale, earlier);
+  store_n(f.w.sum + s.row, fmadd(load_n(f.w.sum + s.row, s.rows), earlier, load(sums)), s.rows);
 }
 
 void drop(const Forward& f, const Strip& s, int64_t j0) {
@@ -202,47 +217,45 @@ void drop(const Forward& f, const Strip& s, int64_t j0) {
 
 // --- a strip through a block --------------------------------------------------------------------------------------------
 
-void rescale_out(const Forward& f, const Strip& s, const float* factors) {
-  for (int r = 0; r < s.rows; r++) {
-    if (factors[r] == 1.f) continue;
-    float* out = f.w.out + (s.row + r) * f.out_stride;
-    for (int64_t d = 0; d < f.out_stride; d += kWidth) store(out + d, mul(load(out + d), set1(factors[r])));
-  }
-}
-
+template <Flavour F>
 void attend(const Forward& f, const Strip& s, Range block) {
   const Attention& a = f.a;
-  const int64_t groups = panel_groups(a.d, a.flavour), first = s.columns.begin / kPanel;
-  const int64_t q_row = f.convert_q ? f.q_stride : a.q.row * size_of(a.q.dtype);
-  const char* q = f.convert_q ? f.w.q + s.row * f.q_stride : query_row(a, a.q, f.item.b, s.head, s.i);
-  const int64_t k = f.convert_q ? round_up(a.d, k_per_lane(a.flavour)) : a.d;
-  block_product(a.flavour, {q, q_row, s.rows, k},
-                {f.w.k + first * groups * kGroupBytes, groups * kGroupBytes, (s.columns.end - s.columns.begin) / kPanel},
-                {f.w.scores + s.columns.begin, f.pitch, false});
+  constexpr int64_t kSize = 4 / k_per_lane(F);
+  const int64_t lanes = panel_groups(a.d, F), first = s.columns.begin / kPanel;
+  alignas(64) float max[16], rescale[16];
+  store(max, zero());
+  ScoreStrip products;
+  products.q = f.convert_q ? f.w.q + s.row * f.q_stride : query_row(a, a.q, f.item.b, s.head, s.i);
+  products.q_stride = f.convert_q ? f.q_stride : a.q.row * kSize;
+  products.lanes = lanes;
+  products.k = f.w.k + first * lanes * kGroupBytes;
+  products.panels = (s.columns.end - s.columns.begin) / kPanel;
+  products.scores = f.w.scores + s.columns.begin;
+  products.pitch = f.pitch;
+  products.max = max;
+  score_strip<F>(s.rows, products);
 
   const bool plain = plain_scores(a);
   if (!plain) adjust_scores(f, s, block.begin);
   const Range top = visible_keys(a, s.i, f.queries, f.keys), last = visible_keys(a, s.i + s.rows - 1, f.queries, f.keys);
-  if (top.end - block.begin < s.columns.end || last.begin - block.begin > s.columns.begin) hide(f, s, block.begin);
-
-  float rescale[8];
-  const float factor = plain ? a.scale * kLog2e : 1.f;
-  for (int r = 0; r < s.rows; r++) {
-    float* row = f.w.scores + r * f.pitch;
-    float *max = f.w.max + s.row + r, *sum = f.w.sum + s.row + r;
-    rescale[r] = a.flavour == Flavour::f32
-                     ? soften<Flavour::f32>(row, f.w.p + r * f.pitch * 4, s.columns, factor, max, sum)
-                     : soften<Flavour::bf16>(row, f.w.p + r * f.pitch * 2, s.columns, factor, max, sum);
-  }
+  const bool all_seen = top.end - block.begin >= s.columns.end && last.begin - block.begin <= s.columns.begin;
+  if (!all_seen) hide(f, s, block.begin);
+  if (!plain || !all_seen) find_maxima(f, s, max);
+  soften<F>(f, s, plain ? a.scale * kLog2e : 1.f, max, rescale);
   if (a.dropout.threshold) drop(f, s, block.begin);
 
-  const int64_t per_lane = k_per_lane(a.flavour), size = 4 / per_lane;
-  const int64_t v_groups = panel_groups(block.end - block.begin, a.flavour);
-  const int64_t used = min64(s.columns.end, round_up(block.end - block.begin, per_lane)) - s.columns.begin;
-  if (f.w.started[s.row]) rescale_out(f, s, rescale);
-  block_product(a.flavour, {f.w.p + s.columns.begin * size, f.pitch * size, s.rows, used},
-                {f.w.v + s.columns.begin / per_lane * kGroupBytes, v_groups * kGroupBytes, f.out_stride / kPanel},
-                {f.w.out + s.row * f.out_stride, f.out_stride, f.w.started[s.row]});
+  const int64_t keys = round_up(block.end - block.begin, k_per_lane(F));
+  ValueStrip values;
+  values.p = f.w.p + s.columns.begin * kSize;
+  values.p_stride = f.pitch * kSize;
+  values.lanes = (min64(s.columns.end, keys) - s.columns.begin) / k_per_lane(F);
+  values.v = f.w.v + s.columns.begin / k_per_lane(F) * kGroupBytes;
+  values.v_panel = keys / k_per_lane(F) * kGroupBytes;
+  values.panels = f.out_stride / kPanel;
+  values.out = f.w.out + s.row * f.out_stride;
+  values.out_stride = f.out_stride;
+  values.rescale = f.w.started[s.row] ? rescale : nullptr;
+  value_strip<F>(s.rows, values);
   f.w.started[s.row] = true;
 }
 
@@ -286,21 +299,33 @@ void for_each_strip(const Forward& f, const F& body) {
 
 // --- results -----------------------------------------------------------------------------------------------------------
 
+// Sums to their reciprocals, and in place of the maxima the log-sum-exps.
+void finish_statistics(const Forward& f) {
+  const int64_t rows = f.item.end - f.item.begin;
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    const int n = static_cast<int>(min64(kWidth, rows - r));
+    const Vec sum = load_n(f.w.sum + r, n), max = load_n(f.w.max + r, n);
+    const Vec nothing = where_hidden(max, set1(1.f), zero());  // 1 where no key was seen
+    store_n(f.w.sum + r, div(sub(set1(1.f), nothing), add(sum, nothing)), n);
+    store_n(f.w.max + r, mul(add(max, vlog2(add(sum, nothing))), set1(kLn2)), n);
+  }
+}
+
 void finish(const Forward& f, const Strip& s) {
   const Attention& a = f.a;
   for (int r = 0; r < s.rows; r++) {
-    const float sum = f.w.sum[s.row + r], inverse = sum == 0.f ? 0.f : 1.f / sum;
+    const Vec inverse = set1(f.w.sum[s.row + r]);
     const float* row = f.w.out + (s.row + r) * f.out_stride;
-    const bool empty = !f.w.started[s.row] || sum == 0.f;
+    const bool started = f.w.started[s.row] && f.w.sum[s.row + r] != 0.f;
     char* to = const_cast<char*>(query_row(a, a.out, f.item.b, s.head, s.i + r));
     with_float_dtype(a.out.dtype, [&]<DType T>() {
-      for (int64_t d = 0; d < a.dv; d += kWidth)
-        store16_n<T>(to, d, empty ? zero() : mul(load(row + d), set1(inverse)), static_cast<int>(min64(kWidth, a.dv - d)));
+      for (int64_t d = 0; d < a.dv; d += kWidth) {
+        const Vec x = started ? mul(load(row + d), inverse) : zero();
+        store16_n<T>(to, d, x, static_cast<int>(min64(kWidth, a.dv - d)));
+      }
     });
-    if (a.lse)
-      a.lse[lse_index(a, f.item.b, s.head, s.i + r)] =
-          sum == 0.f ? kHidden : (f.w.max[s.row + r] + std::log2(sum)) / kLog2e;
   }
+  if (a.lse) std::memcpy(a.lse + lse_index(a, f.item.b, s.head, s.i), f.w.max + s.row, s.rows * 4);
 }
 
 const char* const kNames[2] = {"attention_f32." PBM_TIER_NAME, "attention_bf16." PBM_TIER_NAME};
@@ -318,7 +343,7 @@ void attention_forward(const Attention& a, const AttentionItem& item) {
             row_bytes(a.d, a.flavour),
             round_up(a.dv, kPanel),
             block_keys(a) + kPanel,
-            a.q.dtype != (a.flavour == Flavour::f32 ? DType::f32 : DType::bf16),
+            a.q.dtype != (a.flavour == Flavour::f32 ? DType::f32 : DType::bf16) || a.d % k_per_lane(a.flavour) != 0,
             {}};
   const int64_t rows = item.end - item.begin;
   f.w = carve(f);
@@ -336,9 +361,10 @@ void attention_forward(const Attention& a, const AttentionItem& item) {
       if (s.columns.begin >= s.columns.end) return;
       if (!packed) pack_block(f, block);
       packed = true;
-      attend(f, s, block);
+      a.flavour == Flavour::f32 ? attend<Flavour::f32>(f, s, block) : attend<Flavour::bf16>(f, s, block);
     });
   }
+  finish_statistics(f);
   for_each_strip(f, [&](const Strip& s) { finish(f, s); });
 }
 

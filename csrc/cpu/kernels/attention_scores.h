@@ -10,7 +10,7 @@
 
 namespace pbm::PBM_TIER {
 
-constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kHidden = -INFINITY;
 
 // The keys that are visible to query i: [begin, end).

@@ -54,6 +54,10 @@ PBM_INLINE Vec fraction(Vec x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG
 PBM_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), b.v, a.v)};
 }
+// a where x is −∞, b elsewhere.
+PBM_INLINE Vec where_hidden(Vec x, Vec a, Vec b) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ), b.v, a.v)};
+}
 PBM_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PBM_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 PBM_INLINE float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
@@ -175,6 +179,11 @@ PBM_INLINE Vec where_negative(Vec x, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, z, _CMP_LT_OQ)),
           _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, z, _CMP_LT_OQ))};
 }
+PBM_INLINE Vec where_hidden(Vec x, Vec a, Vec b) {
+  const __m256 hidden = _mm256_set1_ps(-__builtin_inff());
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, hidden, _CMP_EQ_OQ)),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, hidden, _CMP_EQ_OQ))};
+}
 PBM_INLINE IVec to_int(Vec a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 PBM_INLINE Vec to_float(IVec a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 #define PBM_I2(name, op) \
@@ -291,6 +300,8 @@ PBM_INLINE Vec fmadd(Vec a, Vec b, Vec c){PBM_MAP(Vec, a.v[i] * b.v[i] + c.v[i])
   for (float x : a.v) s += x;
   return s;
 }
+PBM_INLINE Vec where_hidden(Vec x, Vec a, Vec b){PBM_MAP(Vec, x.v[i] == -__builtin_inff() ? a.v[i] : b.v[i])}
+
 PBM_INLINE float reduce_max(Vec a) {
   float s = a.v[0];
   for (float x : a.v) s = x > s ? x : s;

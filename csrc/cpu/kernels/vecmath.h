@@ -53,6 +53,23 @@ PBM_INLINE Vec vexp2_bf16(Vec x) {
   return scale_by_pow2_floor(p, x);
 }
 
+// log2 of x ≥ 0.71 and finite, error below 1 ulp of the result or 1e-7; NaN stays NaN.
+PBM_INLINE Vec vlog2(Vec x) {
+  const IVec bits = as_int(x);
+  const IVec e = shr<23>(isub(bits, iset1(0x3f3504f3)));  // x = 2^e·(1 + f), 1 + f in [√½, √2)
+  const Vec f = sub(as_float(isub(bits, shl<23>(e))), set1(1.f));
+  Vec p = set1(0x1.01b6dcp-3f);
+  p = fmadd(p, f, set1(-0x1.a87d0cp-3f));
+  p = fmadd(p, f, set1(0x1.b9c91ap-3f));
+  p = fmadd(p, f, set1(-0x1.e95be6p-3f));
+  p = fmadd(p, f, set1(0x1.26d384p-2f));
+  p = fmadd(p, f, set1(-0x1.715c4ep-2f));
+  p = fmadd(p, f, set1(0x1.ec73d6p-2f));
+  p = fmadd(p, f, set1(-0x1.715470p-1f));
+  p = fmadd(p, f, set1(0x1.715476p+0f));
+  return add(fmadd(p, f, to_float(e)), sub(x, x));
+}
+
 // tanh x = −m/(m + 2) with m = e^(−2|x|) − 1, error below 2.5 ulp for every x. m is computed as such, not as e^… − 1,
 // and so keeps its digits near 0. ±0, subnormals and NaN come out as they are.
 PBM_INLINE Vec vtanh(Vec x) {

@@ -61,13 +61,26 @@ Work carve(const Forward& f) {
           floats(out), floats(max), floats(sum), reinterpret_cast<bool*>(base + started)};
 }
 
+// Rows far apart are more streams than the hardware's prefetchers follow.
+template <int Level>
+PBM_INLINE void fetch_rows(const char* rows, int64_t count, int64_t stride, int64_t bytes) {
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(rows + r * stride + x, 0, Level);
+}
+
 void pack_block(const Forward& f, Range j) {
   const Attention& a = f.a;
-  const int64_t n = j.end - j.begin;
-  pack_b({n, a.d, a.flavour, key_row(a, a.k, f.item.b, f.item.kv_head, j.begin), a.k.dtype, 1, a.k.row, false, f.w.k}, 0,
-         ceil_div(n, kPanel));
-  pack_b({a.dv, n, a.flavour, key_row(a, a.v, f.item.b, f.item.kv_head, j.begin), a.v.dtype, a.v.row, 1, false, f.w.v},
-         0, ceil_div(a.dv, kPanel));
+  const int64_t n = j.end - j.begin, k_size = size_of(a.k.dtype), v_size = size_of(a.v.dtype);
+  const char* k = key_row(a, a.k, f.item.b, f.item.kv_head, j.begin);
+  const char* v = key_row(a, a.v, f.item.b, f.item.kv_head, j.begin);
+  const PackB keys = {n, a.d, a.flavour, k, a.k.dtype, 1, a.k.row, false, f.w.k};
+  for (int64_t p = 0; p < ceil_div(n, kPanel); p++) {
+    const int64_t next = (p + 1) * kPanel, now = p * kPanel;
+    if (next < n) fetch_rows<3>(k + next * a.k.row * k_size, min64(kPanel, n - next), a.k.row * k_size, a.d * k_size);
+    fetch_rows<2>(v + now * a.v.row * v_size, min64(kPanel, n - now), a.v.row * v_size, a.dv * v_size);
+    pack_b(keys, p, p + 1);
+  }
+  pack_b({a.dv, n, a.flavour, v, a.v.dtype, a.v.row, 1, false, f.w.v}, 0, ceil_div(a.dv, kPanel));
 }
 
 void convert_queries(const Forward& f, int64_t head, int64_t i, int64_t count, int64_t row) {
@@ -233,6 +246,8 @@ void attend(const Forward& f, const Strip& s, Range block) {
   products.scores = f.w.scores + s.columns.begin;
   products.pitch = f.pitch;
   products.max = max;
+  if (!f.convert_q && s.i + s.rows < f.queries)  // the next strip's
+    fetch_rows<3>(products.q + s.rows * products.q_stride, kStrip, products.q_stride, a.d * kSize);
   score_strip<F>(s.rows, products);
 
   const bool plain = plain_scores(a);
@@ -313,6 +328,11 @@ void finish_statistics(const Forward& f) {
 
 void finish(const Forward& f, const Strip& s) {
   const Attention& a = f.a;
+  const int64_t row_size = size_of(a.out.dtype);
+  if (s.i + s.rows < f.queries)
+    for (int64_t r = 0; r < kStrip; r++)
+      for (int64_t x = 0; x < a.dv * row_size; x += 64)
+        __builtin_prefetch(query_row(a, a.out, f.item.b, s.head, s.i + s.rows + r) + x, 1, 3);
   for (int r = 0; r < s.rows; r++) {
     const Vec inverse = set1(f.w.sum[s.row + r]);
     const float* row = f.w.out + (s.row + r) * f.out_stride;
@@ -363,6 +383,11 @@ void attention_forward(const Attention& a, const AttentionItem& item) {
       packed = true;
       a.flavour == Flavour::f32 ? attend<Flavour::f32>(f, s, block) : attend<Flavour::bf16>(f, s, block);
     });
+  }
+  if (item.kv_head + 1 < a.kv_heads) {
+    const int64_t n = min64(f.keys, 64), kb = size_of(a.k.dtype), qb = size_of(a.q.dtype);
+    fetch_rows<2>(key_row(a, a.k, item.b, item.kv_head + 1, 0), n, a.k.row * kb, a.d * kb);
+    fetch_rows<2>(query_row(a, a.q, item.b, (item.kv_head + 1) * f.group, 0), kStrip, a.q.row * qb, a.d * qb);
   }
   finish_statistics(f);
   for_each_strip(f, [&](const Strip& s) { finish(f, s); });

@@ -13,7 +13,8 @@ namespace pbm::PBM_TIER {
 namespace {
 
 constexpr int64_t kChunkQueries = 128;
-constexpr int64_t kBlockKeys = 96;  // even; a multiple of a strip's rows
+constexpr int64_t kBlockKeys = 96;    // even; a multiple of a strip's rows
+constexpr int64_t kPartialKeys = 48;  // of a block that not all queries see: the less is computed in vain. Divides it
 static_assert(kMaskBlockKeys <= kBlockKeys);
 constexpr int64_t kPitch = kChunkQueries + 16;
 
@@ -93,7 +94,8 @@ void convert(const Backward& f, const AttentionOperand& x, int64_t d, int64_t j,
 }
 
 char* block_transposed(const Backward& f, int64_t j) {
-  return f.w.k_t + (j - f.item.begin) / kBlockKeys * f.a.d * f.kt_stride;
+  const int64_t at = j - f.item.begin;
+  return f.w.k_t + at / kBlockKeys * f.a.d * f.kt_stride + at % kBlockKeys * f.size;
 }
 
 void prepare_keys(const Backward& f) {
@@ -136,7 +138,16 @@ void prepare_chunk(const Backward& f, const Chunk& c) {
   const int64_t n = c.i.end - c.i.begin;
   const char* q = query_row(a, a.q, f.item.b, c.head, c.i.begin);
   const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, c.i.begin);
-  pack_b({n, a.d, a.flavour, q, a.q.dtype, 1, a.q.row, false, f.w.q_t}, 0, ceil_div(n, kPanel));
+  const char* out = query_row(a, f.g.out, f.item.b, c.head, c.i.begin);
+  const int64_t size = size_of(a.q.dtype), q_row = a.q.row * size, do_row = f.g.d_out.row * size, out_row = f.g.out.row * size;
+  const PackB q_t = {n, a.d, a.flavour, q, a.q.dtype, 1, a.q.row, false, f.w.q_t};
+  for (int64_t p = 0; p < ceil_div(n, kPanel); p++) {
+    const int64_t now = p * kPanel, next = now + kPanel, rows = min64(kPanel, n - now);
+    if (next < n) fetch_rows<3>(q + next * q_row, min64(kPanel, n - next), q_row, a.d * size);
+    fetch_rows<2>(d_out + now * do_row, rows, do_row, a.dv * size);
+    fetch_rows<2>(out + now * out_row, rows, out_row, a.dv * size);
+    pack_b(q_t, p, p + 1);
+  }
   pack_b({n, a.dv, a.flavour, d_out, f.g.d_out.dtype, 1, f.g.d_out.row, false, f.w.do_t}, 0, ceil_div(n, kPanel));
   pack_b({a.d, n, a.flavour, q, a.q.dtype, a.q.row, 1, false, f.w.q}, 0, ceil_div(a.d, kPanel));
   pack_b({a.dv, n, a.flavour, d_out, f.g.d_out.dtype, f.g.d_out.row, 1, false, f.w.d_o}, 0, ceil_div(a.dv, kPanel));
@@ -377,6 +388,14 @@ Range columns_of(const Backward& f, const Chunk& c, Range j) {
   return {(begin - c.i.begin) / kPanel * kPanel, round_up(end - c.i.begin, kPanel)};
 }
 
+// The end of what is computed at once from key j on: the rest of a block, or a part where it is not all seen.
+int64_t block_end(const Backward& f, const Chunk& c, int64_t j) {
+  const int64_t at = j - f.item.begin, end = min64(j - at % kBlockKeys + kBlockKeys, f.item.end);
+  const Range first = seeing(f, j), last = seeing(f, end - 1);
+  const bool all = max64(first.begin, last.begin) <= c.i.begin && min64(first.end, last.end) >= c.i.end;
+  return all ? end : min64(j + kPartialKeys, end);
+}
+
 void finish_chunk(const Backward& f, const Chunk& c) {
   const Attention& a = f.a;
   for (int64_t x = 0; x < c.i.end - c.i.begin; x += 16)
@@ -442,8 +461,8 @@ void attention_backward(const Attention& a, const AttentionGradients& g, const A
     for_each_chunk(f, h, [&](const Chunk& c) {
       std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
       bool prepared = false;
-      for (int64_t j = item.begin; j < item.end; j += kBlockKeys) {
-        Tile t{{j, min64(j + kBlockKeys, item.end)}, {}};
+      for (Tile t{{item.begin, 0}, {}}; t.j.begin < item.end; t.j.begin = t.j.end) {
+        t.j.end = min64(block_end(f, c, t.j.begin), item.end);
         t.c = columns_of(f, c, t.j);
         if (t.c.begin >= t.c.end) continue;
         if (!prepared) prepare_chunk(f, c);

@@ -61,13 +61,6 @@ Work carve(const Forward& f) {
           floats(out), floats(max), floats(sum), reinterpret_cast<bool*>(base + started)};
 }
 
-// Rows far apart are more streams than the hardware's prefetchers follow.
-template <int Level>
-PBM_INLINE void fetch_rows(const char* rows, int64_t count, int64_t stride, int64_t bytes) {
-  for (int64_t r = 0; r < count; r++)
-    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(rows + r * stride + x, 0, Level);
-}
-
 void pack_block(const Forward& f, Range j) {
   const Attention& a = f.a;
   const int64_t n = j.end - j.begin, k_size = size_of(a.k.dtype), v_size = size_of(a.v.dtype);

@@ -28,6 +28,13 @@ PBM_INLINE int64_t lse_index(const Attention& a, int64_t b, int64_t head, int64_
   return a.query_start ? head * a.lse_head + a.query_start[b] + i : b * a.lse_batch + head * a.lse_head + i;
 }
 
+// Rows far apart are more streams than the hardware's prefetchers follow.
+template <int Level>
+PBM_INLINE void fetch_rows(const char* rows, int64_t count, int64_t stride, int64_t bytes) {
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(rows + r * stride + x, 0, Level);
+}
+
 // Hands out aligned pieces of one allocation whose size is known in the end.
 struct Carver {
   int64_t bytes = 0;

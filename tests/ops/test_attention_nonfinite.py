@@ -123,19 +123,22 @@ def test_a_bad_mask_spoils_its_row_only(isa: str, dtype: torch.dtype, bad: float
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 5.0}], ids=str)
 def test_huge_scores(isa: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Thousands apart: weights of one key and of none; growing ones move every block's maximum."""
+    """Thousands apart: weights of one key and of none; growing ones move every block's maximum.
+
+    The result is what the rounding of a few scores makes of it: twice the policy's factor.
+    """
     for growth in (1.0, -1.0, 0.0):
-        case = make({"shape": (2, 4, 4, 70, 600, 32, 32), "dtype": dtype})
+        case = make({"shape": (1, 4, 4, 70, 600, 32, 16), "dtype": dtype})
         steps = torch.linspace(1, 60, 600)[:, None]
         k = case.k * (steps if growth > 0 else steps.flip(0) if growth < 0 else 60.0)
         case = Case(case.q * 4, k.to(dtype), case.v, options)
-        check_forward(case, *both(case))
+        check_forward(case, *both(case), luck=2)
     # Every score above what e^x can hold, and every one below.
     for level in (3e4, -3e4):
         q, k = torch.full((1, 1, 7, 16), 100.0), torch.full((1, 1, 600, 16), level / 400)
         k += torch.randn_like(k) / 256
         case = Case(q.to(dtype), k.to(dtype), torch.randn(1, 1, 600, 8).to(dtype))
-        check_forward(case, *both(case))
+        check_forward(case, *both(case), luck=2)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

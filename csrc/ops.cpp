@@ -15,10 +15,10 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("int8_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int activation, bool symmetric) -> Tensor");
   m.def("int8_weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int activation) -> Tensor");
 
-  // --- attention: softmax(scale·q·kᵀ + …)·v and its log-sum-exp. window: negative is unbounded; precision: 0 fp32, 1 bf16
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor)");
-  m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor)");
-  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
+  // --- attention: softmax(scale·q·kᵀ + …)·v, its log-sum-exp, and the rows' maxima and sums for backward. window: negative is unbounded; precision: 0 fp32, 1 bf16
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
 }
 // clang-format on

@@ -19,19 +19,23 @@ std::vector<AttentionItem> items_of(const Attention& a) {
   return items;
 }
 
-std::tuple<Tensor, Tensor> run(AttentionProblem p, Tensor out, Tensor lse) {
+using Results = std::tuple<Tensor, Tensor, Tensor>;
+
+Results run(AttentionProblem p, Tensor out, Tensor lse, Tensor statistics) {
   Attention& a = p.a;
   a.out = operand("out", out, &p);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  a.lse_head = lse.size(lse.dim() - 1);
-  a.lse_batch = lse.dim() == 3 ? lse.size(1) * lse.size(2) : 0;
+  a.max = static_cast<float*>(statistics.mutable_data_ptr());
+  a.inverse_sum = a.max + lse.numel();
+  a.row_head = lse.size(lse.dim() - 1);  // of (B, Hq, Sq) or (Hq, Tq)
+  a.row_batch = a.heads * a.row_head;
   const std::vector<AttentionItem> items = items_of(a);
   const Kernels& kernel = kernels();
   for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) { kernel.attention_forward(a, items[i]); });
-  return {out, lse};
+  return {out, lse, statistics};
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+Results attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& alibi_slopes,
                                      const std::optional<Tensor>& dropout_seed, int64_t window_left,
                                      int64_t window_right, bool bottom_right, double softcap, double dropout_p,
@@ -40,10 +44,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                          {attn_mask, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
                                           softcap, dropout_p, scale, precision});
   const int64_t sizes[4] = {p.a.batch, p.a.heads, p.a.queries, p.a.dv};
-  return run(std::move(p), empty_cpu(sizes, 4, q.scalar_type()), empty_cpu(sizes, 3, ScalarType::Float));
+  const int64_t statistics[4] = {2, sizes[0], sizes[1], sizes[2]};
+  return run(std::move(p), empty_cpu(sizes, 4, q.scalar_type()), empty_cpu(sizes, 3, ScalarType::Float),
+             empty_cpu(statistics, 4, ScalarType::Float));
 }
 
-std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+Results attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                             const std::optional<Tensor>& alibi_slopes,
                                             const std::optional<Tensor>& dropout_seed, int64_t window_left,
@@ -52,8 +58,9 @@ std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, co
   AttentionProblem p = varlen_problem("attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k,
                                       {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
                                        softcap, dropout_p, scale, precision});
-  const int64_t sizes[3] = {q.size(0), p.a.heads, p.a.dv}, lse_sizes[2] = {p.a.heads, q.size(0)};
-  return run(std::move(p), empty_cpu(sizes, 3, q.scalar_type()), empty_cpu(lse_sizes, 2, ScalarType::Float));
+  const int64_t sizes[3] = {q.size(0), p.a.heads, p.a.dv}, statistics[3] = {2, p.a.heads, q.size(0)};
+  return run(std::move(p), empty_cpu(sizes, 3, q.scalar_type()), empty_cpu(statistics + 1, 2, ScalarType::Float),
+             empty_cpu(statistics, 3, ScalarType::Float));
 }
 
 }  // namespace

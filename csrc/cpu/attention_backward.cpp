@@ -41,7 +41,7 @@ void add_parts(const Tensor& parts, const Tensor& out) {
 struct Saved {
   const Tensor& grad_out;
   const std::optional<Tensor>& grad_lse;
-  const Tensor &q, &k, &v, &out, &lse;
+  const Tensor &q, &k, &v, &out, &statistics;
 };
 
 void check_saved(const char* op, const Saved& s, const AttentionProblem& p) {
@@ -65,7 +65,8 @@ void check_saved(const char* op, const Saved& s, const AttentionProblem& p) {
     packed ? check(name, t, ScalarType::Float, {a.heads, s.q.size(0)})
            : check(name, t, ScalarType::Float, {a.batch, a.heads, a.queries});
   };
-  check_rows("lse", s.lse);
+  packed ? check("statistics", s.statistics, ScalarType::Float, {2, a.heads, s.q.size(0)})
+         : check("statistics", s.statistics, ScalarType::Float, {2, a.batch, a.heads, a.queries});
   if (s.grad_lse) check_rows("grad_lse", *s.grad_lse);
 }
 
@@ -73,16 +74,18 @@ AttentionGradients gradients_of(const Saved& s, AttentionProblem* p) {
   AttentionGradients g{};
   g.out = operand("out", s.out, p);
   g.d_out = operand("grad_out", s.grad_out, p);
-  const Tensor lse = as_contiguous(s.lse);
-  p->kept.push_back(lse);
-  g.lse = static_cast<const float*>(data_of("lse", lse));
+  const Tensor statistics = as_contiguous(s.statistics);
+  p->kept.push_back(statistics);
+  g.max = static_cast<const float*>(data_of("statistics", statistics));
+  g.inverse_sum = g.max + statistics.numel() / 2;
   if (s.grad_lse) {
     const Tensor d_lse = as_contiguous(*s.grad_lse);
     p->kept.push_back(d_lse);
     g.d_lse = static_cast<const float*>(data_of("grad_lse", d_lse));
   }
-  p->a.lse_head = lse.size(lse.dim() - 1);
-  p->a.lse_batch = lse.dim() == 3 ? lse.size(1) * lse.size(2) : 0;
+  const bool packed = s.q.dim() == 3;
+  p->a.row_head = packed ? s.q.size(0) : p->a.queries;
+  p->a.row_batch = p->a.heads * p->a.queries;
   return g;
 }
 
@@ -123,7 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> run(const Saved& s, AttentionProblem* p, Atte
 // In fp32, with every key; then summed over what was broadcast.
 Tensor mask_gradient(const Tensor& mask, AttentionProblem* p, const AttentionGradients& g) {
   const Attention& a = p->a;
-  const int64_t sizes[4] = {a.mask.batch ? a.batch : 1, a.mask.head ? a.heads : 1, a.mask.row ? a.queries : 1, a.keys};
+  const int64_t dim = mask.dim();
+  const auto size = [&](int64_t from_end) { return dim >= from_end ? mask.size(dim - from_end) : 1; };
+  const int64_t sizes[4] = {size(4), size(3), size(2), a.keys};
   Tensor full = empty_cpu(sizes, 4, ScalarType::Float);
   torch::stable::zero_(full);
   float* out = static_cast<float*>(full.mutable_data_ptr());
@@ -139,7 +144,6 @@ Tensor mask_gradient(const Tensor& mask, AttentionProblem* p, const AttentionGra
   const Kernels& kernel = kernels();
   for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) { kernel.attention_mask_gradient(a, g, items[i]); });
 
-  const int64_t dim = mask.dim();
   if (dim == 0 || (mask.size(dim - 1) == 1 && a.keys != 1)) {
     const int64_t last = 3;
     full = torch::stable::sum(full, torch::headeronly::IntHeaderOnlyArrayRef(&last, 1), true, std::nullopt);
@@ -152,7 +156,7 @@ Tensor mask_gradient(const Tensor& mask, AttentionProblem* p, const AttentionGra
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const std::optional<Tensor>& attn_mask,
+    const Tensor& out, const Tensor& statistics, const std::optional<Tensor>& attn_mask,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& dropout_seed, int64_t window_left,
     int64_t window_right, bool bottom_right, double softcap, double dropout_p, double scale, int64_t precision,
     bool need_mask) {
@@ -160,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   AttentionProblem p = attention_problem(op, q, k, v,
                                          {attn_mask, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
                                           softcap, dropout_p, scale, precision});
-  const Saved saved = {grad_out, grad_lse, q, k, v, out, lse};
+  const Saved saved = {grad_out, grad_lse, q, k, v, out, statistics};
   check_saved(op, saved, p);
   const AttentionGradients g = gradients_of(saved, &p);
   const auto [d_q, d_k, d_v] = run(saved, &p, g);
@@ -171,14 +175,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    const Tensor& out, const Tensor& statistics, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& dropout_seed, int64_t window_left,
     int64_t window_right, bool bottom_right, double softcap, double dropout_p, double scale, int64_t precision) {
   const char* op = "attention_varlen_backward";
   AttentionProblem p = varlen_problem(op, q, k, v, cu_seqlens_q, cu_seqlens_k,
                                       {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
                                        softcap, dropout_p, scale, precision});
-  const Saved saved = {grad_out, grad_lse, q, k, v, out, lse};
+  const Saved saved = {grad_out, grad_lse, q, k, v, out, statistics};
   check_saved(op, saved, p);
   return run(saved, &p, gradients_of(saved, &p));
 }

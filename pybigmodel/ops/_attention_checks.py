@@ -43,9 +43,7 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dim: int) -> None:
     )
     torch._check(
         k.shape[-1] == q.shape[-1],
-        lambda: (
-            f"{op}: k must have q's last dimension {q.shape[-1]}, got shape {tuple(k.shape)}"
-        ),
+        lambda: f"{op}: k must have q's last dimension {q.shape[-1]}, got shape {tuple(k.shape)}",
     )
     for name, tensor in (("q", q), ("v", v)):
         torch._check(
@@ -72,8 +70,7 @@ def check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor) -> None:
 
     def message() -> str:
         return (
-            f"{op}: attn_mask must be broadcastable to {tuple(full)}, got shape "
-            f"{tuple(mask.shape)}"
+            f"{op}: attn_mask must be broadcastable to {tuple(full)}, got shape {tuple(mask.shape)}"
         )
 
     torch._check(mask.dim() <= 4, message)
@@ -101,9 +98,7 @@ def check_options(
         lambda: f"{op}: softcap must be finite and at least 0, got {softcap}",
     )
     torch._check(math.isfinite(scale), lambda: f"{op}: scale must be finite, got {scale}")
-    torch._check(
-        0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}"
-    )
+    torch._check(0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     torch._check(
         precision in (0, 1),
         lambda: f"{op}: precision must be 0 (fp32) or 1 (bf16), got {precision}",

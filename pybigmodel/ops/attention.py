@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -121,7 +122,7 @@ def attention(
         options.scale,
         code,
     )
-    out, lse = _attention(*arguments)
+    out, lse, _ = _attention(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -169,7 +170,7 @@ def attention_varlen(
     )
     bottom_right = _is_bottom_right(causal_align)
     code = 0 if precision is None else precision_code(precision)
-    out, lse = _attention_varlen(
+    out, lse, _ = _attention_varlen(
         q,
         k,
         v,
@@ -242,9 +243,7 @@ def _window(window: Window) -> tuple[int, int]:
 
 def _is_bottom_right(causal_align: str) -> bool:
     if causal_align not in ("bottom_right", "top_left"):
-        raise ValueError(
-            f"causal_align must be 'bottom_right' or 'top_left'; got {causal_align!r}"
-        )
+        raise ValueError(f"causal_align must be 'bottom_right' or 'top_left'; got {causal_align!r}")
     return causal_align == "bottom_right"
 
 
@@ -254,27 +253,30 @@ def _is_bottom_right(causal_align: str) -> bool:
 @torch.library.register_fake("pybigmodel::attention")
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     op = "attention"
     check_attention(op, q, k, v, 4)
     check_options(op, q, q.shape[0], q.shape[1], *options)
     check_mask(op, attn_mask, q, k)
-    rows = q.shape[:-1]
-    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=torch.float32)
+    return _empty_results(q, v, q.shape[:-1])
 
 
 @torch.library.register_fake("pybigmodel::attention_varlen")
 def _attention_varlen_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     op = "attention_varlen"
     check_attention(op, q, k, v, 3)
     check_starts(op, cu_seqlens_q, cu_seqlens_k)
     check_options(op, q, cu_seqlens_q.shape[0] - 1, q.shape[1], *options)
-    total, heads, _ = q.shape
+    return _empty_results(q, v, (q.shape[1], q.shape[0]))
+
+
+def _empty_results(q: Tensor, v: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        q.new_empty((total, heads, v.shape[-1])),
-        q.new_empty((heads, total), dtype=torch.float32),
+        q.new_empty((*q.shape[:-1], v.shape[-1])),
+        q.new_empty(rows, dtype=torch.float32),
+        q.new_empty((2, *rows), dtype=torch.float32),
     )
 
 
@@ -286,18 +288,20 @@ def _attention_backward_fake(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     attn_mask: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "attention_backward"
-    *options, need_mask = options
+    need_mask = options[-1]
+    options = options[:-1]
     check_attention(op, q, k, v, 4)
     check_options(op, q, q.shape[0], q.shape[1], *options)
     check_mask(op, attn_mask, q, k)
-    _check_gradients(op, grad_out, grad_lse, q, v, out, lse, q.shape[:-1])
-    mask = attn_mask if need_mask else None
-    grad_mask = q.new_empty((0,)) if mask is None else mask.new_empty(mask.shape)
+    _check_gradients(op, grad_out, grad_lse, q, v, out, statistics, q.shape[:-1])
+    grad_mask = q.new_empty((0,))
+    if need_mask and attn_mask is not None:
+        grad_mask = attn_mask.new_empty(attn_mask.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_mask
 
 
@@ -309,7 +313,7 @@ def _attention_varlen_backward_fake(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     *options: Any,
@@ -318,7 +322,7 @@ def _attention_varlen_backward_fake(
     check_attention(op, q, k, v, 3)
     check_starts(op, cu_seqlens_q, cu_seqlens_k)
     check_options(op, q, cu_seqlens_q.shape[0] - 1, q.shape[1], *options)
-    _check_gradients(op, grad_out, grad_lse, q, v, out, lse, (q.shape[1], q.shape[0]))
+    _check_gradients(op, grad_out, grad_lse, q, v, out, statistics, (q.shape[1], q.shape[0]))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -329,17 +333,21 @@ def _check_gradients(
     q: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     rows: tuple[int, ...],
 ) -> None:
     shape = (*q.shape[:-1], v.shape[-1])
+    optional: tuple[tuple[str, Tensor | None, Sequence[int]], ...] = (
+        ("statistics", statistics, (2, *rows)),
+        ("grad_lse", grad_lse, rows),
+    )
     for name, tensor in (("grad_out", grad_out), ("out", out)):
         check.check_dtype(op, name, tensor, q.dtype)
         check.check_shape(op, name, tensor, shape, f"must have shape {tuple(shape)}")
-    for name, tensor in (("lse", lse), ("grad_lse", grad_lse)):
-        if tensor is not None:
-            check.check_dtype(op, name, tensor, torch.float32)
-            check.check_shape(op, name, tensor, rows, f"must have shape {tuple(rows)}")
+    for name, given, size in optional:
+        if given is not None:
+            check.check_dtype(op, name, given, torch.float32)
+            check.check_shape(op, name, given, size, f"must have shape {tuple(size)}")
 
 
 # --- autograd -----------------------------------------------------------------------------------
@@ -349,20 +357,22 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        results: tuple[Tensor, Tensor] = below_autograd(_attention, *args)
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = below_autograd(_attention, *args)
         return results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:6], *output)
+        out, _, statistics = output
+        ctx.save_for_backward(*inputs[:6], out, statistics)
+        ctx.mark_non_differentiable(statistics)
         ctx.options = inputs[6:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, slopes, seed, out, lse = ctx.saved_tensors
-        grad_out, grad_lse = grads
+        q, k, v, mask, slopes, seed, out, statistics = ctx.saved_tensors
+        grad_out, grad_lse, _ = grads
         if grad_out is None:
             if grad_lse is None:
                 return (None,) * 13
@@ -370,7 +380,18 @@ class _Attention(torch.autograd.Function):
         need_q, need_k, need_v, need_mask, *_ = ctx.needs_input_grad
         need_mask = need_mask and mask is not None
         grad_q, grad_k, grad_v, grad_mask = _attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, mask, slopes, seed, *ctx.options, need_mask
+            grad_out,
+            grad_lse,
+            q,
+            k,
+            v,
+            out,
+            statistics,
+            mask,
+            slopes,
+            seed,
+            *ctx.options,
+            need_mask,
         )
         return (
             grad_q if need_q else None,
@@ -387,26 +408,39 @@ class _Attention(torch.autograd.Function):
 
 class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        results: tuple[Tensor, Tensor] = below_autograd(_attention_varlen, *args)
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = below_autograd(_attention_varlen, *args)
         return results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:7], *output)
+        out, _, statistics = output
+        ctx.save_for_backward(*inputs[:7], out, statistics)
+        ctx.mark_non_differentiable(statistics)
         ctx.options = inputs[7:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, starts_q, starts_k, slopes, seed, out, lse = ctx.saved_tensors
-        grad_out, grad_lse = grads
+        q, k, v, starts_q, starts_k, slopes, seed, out, statistics = ctx.saved_tensors
+        grad_out, grad_lse, _ = grads
         if grad_out is None:
             if grad_lse is None:
                 return (None,) * 14
             grad_out = torch.zeros_like(out)
         gradients = _attention_varlen_backward(
-            grad_out, grad_lse, q, k, v, out, lse, starts_q, starts_k, slopes, seed, *ctx.options
+            grad_out,
+            grad_lse,
+            q,
+            k,
+            v,
+            out,
+            statistics,
+            starts_q,
+            starts_k,
+            slopes,
+            seed,
+            *ctx.options,
         )
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(grad if need else None for grad, need in needed), *(None,) * 11)

@@ -42,8 +42,11 @@ struct Attention {
   AttentionOperand q, k, v, out;  // out is written
   // Packed sequences: b's queries are rows [query_start[b], query_start[b + 1]) of batch 0; null: all of one length.
   const int64_t *query_start, *key_start;
-  float* lse;  // may be null
-  int64_t lse_batch, lse_head;
+  // Per row: the log-sum-exp, the maximum as an exponent of base 2, and the reciprocal of the sum that the softmax divides
+  // by (0 where nothing is visible). With the latter two backward repeats forward's probabilities to the bit; from lse
+  // alone they would be off by its rounding. Null: not wanted.
+  float *lse, *max, *inverse_sum;
+  int64_t row_batch, row_head;  // of these three
 
   float scale, softcap;  // softcap 0: none
   int64_t left, right;   // negative: unbounded
@@ -63,11 +66,11 @@ struct AttentionItem {
 // How many items the rows of one (batch, kv head) are cut into.
 int64_t attention_parts(int64_t rows, int64_t heads, int64_t threads);
 
-// out and lse are the forward pass's; the gradients are written. With several parts of the keys, d_q is fp32 and has
+// out, max and inverse_sum are the forward pass's; the gradients are written. With several parts of the keys, d_q is fp32 and has
 // batch·parts entries, part p of sequence b at p·batch + b, to be added by the caller.
 struct AttentionGradients {
   AttentionOperand out, d_out;
-  const float *lse, *d_lse;  // d_lse may be null
+  const float *max, *inverse_sum, *d_lse;  // d_lse may be null
   AttentionOperand d_q, d_k, d_v;
 };
 

@@ -28,7 +28,7 @@ struct Work {
   char* ds_panels;     // dSᵀ as panels of queries
   float* dq_t;         // D × kPitch
   float *dk, *dv;      // keys × stride
-  float *lse, *delta;  // of the chunk
+  float *max, *inverse_sum, *delta;  // of the chunk
   float* slope_of_cap;  // kBlockKeys × kPitch
 };
 
@@ -72,13 +72,13 @@ Work carve(const Backward& f) {
   const int64_t panels = c.take(n / kPanel * block_groups);
   const int64_t dq_t = c.take(f.a.d * kPitch * 4);
   const int64_t dk = c.take(keys * f.dk_stride * 4), dv = c.take(keys * f.dv_stride * 4);
-  const int64_t lse = c.take(n * 4), delta = c.take(n * 4);
+  const int64_t max = c.take(n * 4), inverse = c.take(n * 4), delta = c.take(n * 4);
   const int64_t cap = c.take(f.a.softcap != 0.f ? scores : 0);
   char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   return {base + q_t, base + do_t, base + q,   base + d_o,     base + k,     base + v,   base + k_t, floats(s),
-          floats(dp), base + p,    base + ds,  base + panels,  floats(dq_t), floats(dk), floats(dv), floats(lse),
-          floats(delta), floats(cap)};
+          floats(dp), base + p,    base + ds,  base + panels,  floats(dq_t), floats(dk), floats(dv), floats(max),
+          floats(inverse), floats(delta), floats(cap)};
 }
 
 void convert(const Backward& f, const AttentionOperand& x, int64_t d, int64_t j, int64_t count, bool transposed,
@@ -111,25 +111,24 @@ void prepare_keys(const Backward& f) {
 // What a chunk's statistics are to the lanes: queries that do not exist, or see nothing, have P = 0.
 void prepare_statistics(const Backward& f, const Chunk& c) {
   const Attention& a = f.a;
-  const int64_t first = lse_index(a, f.item.b, c.head, c.i.begin);
+  const int64_t first = row_index(a, f.item.b, c.head, c.i.begin);
   for (int64_t x = 0; x < kChunkQueries; x++) {
     const int64_t i = c.i.begin + x;
-    float lse = INFINITY, delta = 0.f;
-    if (i < c.i.end && f.g.lse[first + x] != -INFINITY) {
-      lse = f.g.lse[first + x] * kLog2e;
-      const char* out = query_row(a, f.g.out, f.item.b, c.head, i);
-      const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, i);
-      Vec sum = zero();
-      with_float_dtype(f.g.out.dtype, [&]<DType T>() {
-        for (int64_t d = 0; d < a.dv; d += kWidth) {
-          const int n = static_cast<int>(min64(kWidth, a.dv - d));
-          sum = fmadd(load16_n<T>(out, d, n), load16_n<T>(d_out, d, n), sum);
-        }
-      });
-      delta = reduce_add(sum) - (f.g.d_lse ? f.g.d_lse[first + x] : 0.f);
-    }
-    f.w.lse[x] = lse;
-    f.w.delta[x] = delta;
+    const bool sees = i < c.i.end && f.g.inverse_sum[first + x] != 0.f;
+    f.w.max[x] = sees ? f.g.max[first + x] : INFINITY;
+    f.w.inverse_sum[x] = sees ? f.g.inverse_sum[first + x] : 0.f;
+    f.w.delta[x] = 0.f;
+    if (!sees) continue;
+    const char* out = query_row(a, f.g.out, f.item.b, c.head, i);
+    const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, i);
+    Vec sum = zero();
+    with_float_dtype(f.g.out.dtype, [&]<DType T>() {
+      for (int64_t d = 0; d < a.dv; d += kWidth) {
+        const int n = static_cast<int>(min64(kWidth, a.dv - d));
+        sum = fmadd(load16_n<T>(out, d, n), load16_n<T>(d_out, d, n), sum);
+      }
+    });
+    f.w.delta[x] = reduce_add(sum) - (f.g.d_lse ? f.g.d_lse[first + x] : 0.f);
   }
 }
 
@@ -274,8 +273,8 @@ struct Sixteen {
 
 template <Flavour F, bool Dropped>
 PBM_INLINE Sixteen sixteen(const Backward& f, Keep* keep, int64_t j, int64_t x, int64_t at, float factor) {
-  const Vec exponent = sub(mul(load(f.w.s + at), set1(factor)), load(f.w.lse + x));
-  Vec p = F == Flavour::bf16 ? vexp2_bf16(exponent) : vexp2(exponent);
+  const Vec exponent = fmadd(load(f.w.s + at), set1(factor), sub(zero(), load(f.w.max + x)));
+  const Vec p = mul(F == Flavour::bf16 ? vexp2_bf16(exponent) : vexp2(exponent), load(f.w.inverse_sum + x));
   Vec dp = load(f.w.dp + at);
   if constexpr (!Dropped) return {p, mul(p, sub(dp, load(f.w.delta + x)))};
   const Vec m = keep->at(j, x);

@@ -24,7 +24,7 @@ struct Work {
   float* scores;    // kStrip × pitch
   char* p;          // kStrip × pitch, in the flavour's dtype; scores themselves in fp32
   float* out;       // rows × out_stride
-  float *max, *sum;  // per row
+  float *max, *sum, *lse;  // per row
   bool* started;    // per row: whether out holds anything
 };
 
@@ -54,11 +54,11 @@ Work carve(const Forward& f) {
   const int64_t q = c.take(f.convert_q ? rows * f.q_stride : 0);
   const int64_t scores = c.take(strip * 4), p = bf16 ? c.take(strip * 2) : scores;
   const int64_t out = c.take(rows * f.out_stride * 4), max = c.take(rows * 4), sum = c.take(rows * 4);
-  const int64_t started = c.take(rows);
+  const int64_t lse = c.take(rows * 4), started = c.take(rows);
   char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   return {base + k,    base + v,    base + q,    floats(scores), base + p,
-          floats(out), floats(max), floats(sum), reinterpret_cast<bool*>(base + started)};
+          floats(out), floats(max), floats(sum), floats(lse), reinterpret_cast<bool*>(base + started)};
 }
 
 void pack_block(const Forward& f, Range j) {
@@ -307,15 +307,15 @@ void for_each_strip(const Forward& f, const F& body) {
 
 // --- results -----------------------------------------------------------------------------------------------------------
 
-// Sums to their reciprocals, and in place of the maxima the log-sum-exps.
+// Sums to their reciprocals, 0 where no key was seen; and the log-sum-exps.
 void finish_statistics(const Forward& f) {
   const int64_t rows = f.item.end - f.item.begin;
   for (int64_t r = 0; r < rows; r += kWidth) {
     const int n = static_cast<int>(min64(kWidth, rows - r));
     const Vec sum = load_n(f.w.sum + r, n), max = load_n(f.w.max + r, n);
-    const Vec nothing = where_hidden(max, set1(1.f), zero());  // 1 where no key was seen
+    const Vec nothing = where_hidden(max, set1(1.f), zero());
     store_n(f.w.sum + r, div(sub(set1(1.f), nothing), add(sum, nothing)), n);
-    store_n(f.w.max + r, mul(add(max, vlog2(add(sum, nothing))), set1(kLn2)), n);
+    store_n(f.w.lse + r, mul(add(max, vlog2(add(sum, nothing))), set1(kLn2)), n);
   }
 }
 
@@ -338,7 +338,13 @@ void finish(const Forward& f, const Strip& s) {
       }
     });
   }
-  if (a.lse) std::memcpy(a.lse + lse_index(a, f.item.b, s.head, s.i), f.w.max + s.row, s.rows * 4);
+  const int64_t at = row_index(a, f.item.b, s.head, s.i);
+  const auto copy = [&](float* to, const float* from) {
+    if (to) std::memcpy(to + at, from + s.row, s.rows * 4);
+  };
+  copy(a.lse, f.w.lse);
+  copy(a.max, f.w.max);
+  copy(a.inverse_sum, f.w.sum);
 }
 
 const char* const kNames[2] = {"attention_f32." PBM_TIER_NAME, "attention_bf16." PBM_TIER_NAME};

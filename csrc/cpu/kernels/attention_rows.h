@@ -24,8 +24,8 @@ PBM_INLINE const char* query_row(const Attention& a, const AttentionOperand& x, 
 PBM_INLINE const char* key_row(const Attention& a, const AttentionOperand& x, int64_t b, int64_t head, int64_t j) {
   return a.key_start ? row_of(x, 0, head, a.key_start[b] + j) : row_of(x, b, head, j);
 }
-PBM_INLINE int64_t lse_index(const Attention& a, int64_t b, int64_t head, int64_t i) {
-  return a.query_start ? head * a.lse_head + a.query_start[b] + i : b * a.lse_batch + head * a.lse_head + i;
+PBM_INLINE int64_t row_index(const Attention& a, int64_t b, int64_t head, int64_t i) {
+  return a.query_start ? head * a.row_head + a.query_start[b] + i : b * a.row_batch + head * a.row_head + i;
 }
 
 // Rows far apart are more streams than the hardware's prefetchers follow.

@@ -35,29 +35,26 @@ Results run(AttentionProblem p, Tensor out, Tensor lse, Tensor statistics) {
   return {out, lse, statistics};
 }
 
-Results attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& alibi_slopes,
-                                     const std::optional<Tensor>& dropout_seed, int64_t window_left,
-                                     int64_t window_right, bool bottom_right, double softcap, double dropout_p,
-                                     double scale, int64_t precision) {
+Results attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
+                  const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& dropout_seed,
+                  int64_t window_left, int64_t window_right, bool bottom_right, double softcap, double dropout_p,
+                  double scale, int64_t precision) {
   AttentionProblem p = attention_problem("attention", q, k, v,
-                                         {attn_mask, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
-                                          softcap, dropout_p, scale, precision});
+                                         {attn_mask, alibi_slopes, dropout_seed, window_left, window_right,
+                                          bottom_right, softcap, dropout_p, scale, precision});
   const int64_t sizes[4] = {p.a.batch, p.a.heads, p.a.queries, p.a.dv};
   const int64_t statistics[4] = {2, sizes[0], sizes[1], sizes[2]};
   return run(std::move(p), empty_cpu(sizes, 4, q.scalar_type()), empty_cpu(sizes, 3, ScalarType::Float),
              empty_cpu(statistics, 4, ScalarType::Float));
 }
 
-Results attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                            const std::optional<Tensor>& alibi_slopes,
-                                            const std::optional<Tensor>& dropout_seed, int64_t window_left,
-                                            int64_t window_right, bool bottom_right, double softcap, double dropout_p,
-                                            double scale, int64_t precision) {
+Results attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                         const Tensor& cu_seqlens_k, const std::optional<Tensor>& alibi_slopes,
+                         const std::optional<Tensor>& dropout_seed, int64_t window_left, int64_t window_right,
+                         bool bottom_right, double softcap, double dropout_p, double scale, int64_t precision) {
   AttentionProblem p = varlen_problem("attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k,
-                                      {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
-                                       softcap, dropout_p, scale, precision});
+                                      {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right,
+                                       bottom_right, softcap, dropout_p, scale, precision});
   const int64_t sizes[3] = {q.size(0), p.a.heads, p.a.dv}, statistics[3] = {2, p.a.heads, q.size(0)};
   return run(std::move(p), empty_cpu(sizes, 3, q.scalar_type()), empty_cpu(statistics + 1, 2, ScalarType::Float),
              empty_cpu(statistics, 3, ScalarType::Float));

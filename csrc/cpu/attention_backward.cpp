@@ -60,7 +60,8 @@ void check_saved(const char* op, const Saved& s, const AttentionProblem& p) {
   const Attention& a = p.a;
   const ScalarType dtype = s.q.scalar_type();
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"grad_out", s.grad_out}, {"out", s.out}})
-    packed ? check(name, t, dtype, {s.q.size(0), a.heads, a.dv}) : check(name, t, dtype, {a.batch, a.heads, a.queries, a.dv});
+    packed ? check(name, t, dtype, {s.q.size(0), a.heads, a.dv})
+           : check(name, t, dtype, {a.batch, a.heads, a.queries, a.dv});
   const auto check_rows = [&](const char* name, const Tensor& t) {
     packed ? check(name, t, ScalarType::Float, {a.heads, s.q.size(0)})
            : check(name, t, ScalarType::Float, {a.batch, a.heads, a.queries});
@@ -138,8 +139,8 @@ Tensor mask_gradient(const Tensor& mask, AttentionProblem* p, const AttentionGra
       for (int64_t j = 0; j < a.keys; j += kMaskBlockKeys) {
         const Range batch = sizes[0] > 1 ? Range{b, b + 1} : Range{0, a.batch};
         const Range head = sizes[1] > 1 ? Range{h, h + 1} : Range{0, a.heads};
-        items.push_back({batch, head, j, std::min(j + kMaskBlockKeys, a.keys), out + (b * sizes[1] + h) * sizes[2] * a.keys,
-                         sizes[2] > 1 ? a.keys : 0});
+        items.push_back({batch, head, j, std::min(j + kMaskBlockKeys, a.keys),
+                         out + (b * sizes[1] + h) * sizes[2] * a.keys, sizes[2] > 1 ? a.keys : 0});
       }
   const Kernels& kernel = kernels();
   for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) { kernel.attention_mask_gradient(a, g, items[i]); });
@@ -162,8 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     bool need_mask) {
   const char* op = "attention_backward";
   AttentionProblem p = attention_problem(op, q, k, v,
-                                         {attn_mask, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
-                                          softcap, dropout_p, scale, precision});
+                                         {attn_mask, alibi_slopes, dropout_seed, window_left, window_right,
+                                          bottom_right, softcap, dropout_p, scale, precision});
   const Saved saved = {grad_out, grad_lse, q, k, v, out, statistics};
   check_saved(op, saved, p);
   const AttentionGradients g = gradients_of(saved, &p);
@@ -180,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
     int64_t window_right, bool bottom_right, double softcap, double dropout_p, double scale, int64_t precision) {
   const char* op = "attention_varlen_backward";
   AttentionProblem p = varlen_problem(op, q, k, v, cu_seqlens_q, cu_seqlens_k,
-                                      {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right, bottom_right,
-                                       softcap, dropout_p, scale, precision});
+                                      {std::nullopt, alibi_slopes, dropout_seed, window_left, window_right,
+                                       bottom_right, softcap, dropout_p, scale, precision});
   const Saved saved = {grad_out, grad_lse, q, k, v, out, statistics};
   check_saved(op, saved, p);
   return run(saved, &p, gradients_of(saved, &p));

@@ -13,7 +13,8 @@ void check_seed(const char* op, const std::optional<Tensor>& seed, double dropou
 void check_mask(const char* op, const Tensor& mask, const Tensor& q, const Tensor& k) {
   const ScalarType t = mask.scalar_type();
   STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Float || t == q.scalar_type(), op,
-                  ": attn_mask must be bool, float32 or ", dtype_name(q.scalar_type()), " as q is, got ", dtype_name(t));
+                  ": attn_mask must be bool, float32 or ", dtype_name(q.scalar_type()), " as q is, got ",
+                  dtype_name(t));
   check_same_device(op, "attn_mask", mask, q);
   const int64_t full[4] = {q.size(0), q.size(1), q.size(2), k.size(2)};
   bool fits = mask.dim() <= 4;
@@ -21,8 +22,8 @@ void check_mask(const char* op, const Tensor& mask, const Tensor& q, const Tenso
     const int64_t size = mask.size(i), expected = full[4 - mask.dim() + i];
     fits = size == 1 || size == expected;
   }
-  STD_TORCH_CHECK(fits, op, ": attn_mask must be broadcastable to (", full[0], ", ", full[1], ", ", full[2], ", ", full[3],
-                  "), got shape ", shape_of(mask));
+  STD_TORCH_CHECK(fits, op, ": attn_mask must be broadcastable to (", full[0], ", ", full[1], ", ", full[2], ", ",
+                  full[3], "), got shape ", shape_of(mask));
 }
 
 AttentionMask mask_of(const Tensor& mask, AttentionProblem* p) {
@@ -78,9 +79,10 @@ Flavour flavour_of(const Tensor& q, int64_t precision) {
 
 std::vector<int64_t> starts_of(const char* op, const char* name, const Tensor& t, const char* of, int64_t total) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": ", name, " must be int32 or int64, got ",
-                  dtype_name(dtype));
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1, op, ": ", name, " must have shape (sequences + 1,), got ", shape_of(t));
+  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": ", name,
+                  " must be int32 or int64, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1, op, ": ", name, " must have shape (sequences + 1,), got ",
+                  shape_of(t));
   const Tensor c = as_contiguous(t);
   const void* data = data_of(name, c);
   std::vector<int64_t> starts(t.size(0));
@@ -88,8 +90,8 @@ std::vector<int64_t> starts_of(const char* op, const char* name, const Tensor& t
     starts[i] = dtype == ScalarType::Int ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
   bool ordered = starts.front() == 0 && starts.back() == total;
   for (size_t i = 1; i < starts.size(); i++) ordered = ordered && starts[i - 1] <= starts[i];
-  STD_TORCH_CHECK(ordered, op, ": ", name, " must rise from 0 to ", total, ", the rows of ", of, "; got ", starts.front(),
-                  " to ", starts.back(), starts.size() > 2 ? " or a fall between" : "");
+  STD_TORCH_CHECK(ordered, op, ": ", name, " must rise from 0 to ", total, ", the rows of ", of, "; got ",
+                  starts.front(), " to ", starts.back(), starts.size() > 2 ? " or a fall between" : "");
   return starts;
 }
 
@@ -116,17 +118,21 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
 }
 
 void check_options(const char* op, const AttentionOptions& o, const Tensor& q, int64_t batch, int64_t heads) {
-  STD_TORCH_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": softcap must be finite and at least 0, got ", o.softcap);
+  STD_TORCH_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": softcap must be finite and at least 0, got ",
+                  o.softcap);
   STD_TORCH_CHECK(std::isfinite(o.scale), op, ": scale must be finite, got ", o.scale);
   STD_TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, op, ": dropout_p must be in [0, 1], got ", o.dropout_p);
-  STD_TORCH_CHECK(o.precision == 0 || o.precision == 1, op, ": precision must be 0 (fp32) or 1 (bf16), got ", o.precision);
+  STD_TORCH_CHECK(o.precision == 0 || o.precision == 1, op, ": precision must be 0 (fp32) or 1 (bf16), got ",
+                  o.precision);
   check_seed(op, o.dropout_seed, o.dropout_p);
   if (o.alibi_slopes) {
     const Tensor& s = *o.alibi_slopes;
     check_dtype(op, "alibi_slopes", s, ScalarType::Float);
     check_same_device(op, "alibi_slopes", s, q);
-    const bool fits = (s.dim() == 1 && s.size(0) == heads) || (s.dim() == 2 && s.size(0) == batch && s.size(1) == heads);
-    STD_TORCH_CHECK(fits, op, ": alibi_slopes must have shape (", heads, ",) or (", batch, ", ", heads, "), got ", shape_of(s));
+    const bool fits =
+        (s.dim() == 1 && s.size(0) == heads) || (s.dim() == 2 && s.size(0) == batch && s.size(1) == heads);
+    STD_TORCH_CHECK(fits, op, ": alibi_slopes must have shape (", heads, ",) or (", batch, ", ", heads, "), got ",
+                    shape_of(s));
   }
 }
 

@@ -93,5 +93,6 @@ void test_quantize(const Options&);
 void test_pack(const Options&);
 void test_brgemm(const Options&);
 void test_gemm(const Options&);
+void test_attention(const Options&);
 
 }  // namespace pbm::test

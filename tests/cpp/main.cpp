@@ -19,7 +19,8 @@ int main(int argc, char** argv) {
                           {"quantize", test::test_quantize},
                           {"pack", test::test_pack},
                           {"brgemm", test::test_brgemm},
-                          {"gemm", test::test_gemm}};
+                          {"gemm", test::test_gemm},
+                          {"attention", test::test_attention}};
   test::Options options;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; i++) {

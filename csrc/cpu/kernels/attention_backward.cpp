@@ -19,17 +19,17 @@ static_assert(kMaskBlockKeys <= kBlockKeys);
 constexpr int64_t kPitch = kChunkQueries + 16;
 
 struct Work {
-  char *q_t, *do_t;    // panels of queries: Qᵀ, dOᵀ
-  char *q, *d_o;       // panels of D and Dv: Q, dO
-  char *k, *v;         // rows converted, where they cannot be read in place
-  char* k_t;           // Kᵀ of each block: D rows of kBlockKeys
-  float *s, *dp;       // kBlockKeys × kPitch: scores, and gradients of probabilities
-  char *p, *ds;        // the same in the flavour's dtype; in fp32 they take their place
-  char* ds_panels;     // dSᵀ as panels of queries
-  float* dq_t;         // D × kPitch
-  float *dk, *dv;      // keys × stride
+  char *q_t, *do_t;                  // panels of queries: Qᵀ, dOᵀ
+  char *q, *d_o;                     // panels of D and Dv: Q, dO
+  char *k, *v;                       // rows converted, where they cannot be read in place
+  char* k_t;                         // Kᵀ of each block: D rows of kBlockKeys
+  float *s, *dp;                     // kBlockKeys × kPitch: scores, and gradients of probabilities
+  char *p, *ds;                      // the same in the flavour's dtype; in fp32 they take their place
+  char* ds_panels;                   // dSᵀ as panels of queries
+  float* dq_t;                       // D × kPitch
+  float *dk, *dv;                    // keys × stride
   float *max, *inverse_sum, *delta;  // of the chunk
-  float* slope_of_cap;  // kBlockKeys × kPitch
+  float* slope_of_cap;               // kBlockKeys × kPitch
 };
 
 struct Backward {
@@ -37,10 +37,10 @@ struct Backward {
   const AttentionGradients& g;
   const AttentionBackwardItem& item;
   int64_t queries, keys, offset;
-  int64_t per_lane, size;                  // of the flavour: elements a lane, bytes an element
-  int64_t dk_stride, dv_stride;            // elements
-  int64_t k_stride, v_stride, kt_stride;   // bytes
-  int64_t q_groups, do_groups;             // of panels over queries
+  int64_t per_lane, size;                 // of the flavour: elements a lane, bytes an element
+  int64_t dk_stride, dv_stride;           // elements
+  int64_t k_stride, v_stride, kt_stride;  // bytes
+  int64_t q_groups, do_groups;            // of panels over queries
   bool convert_k, convert_v;
   Work w;
 };
@@ -63,7 +63,8 @@ Work carve(const Backward& f) {
   const int64_t scores = kBlockKeys * kPitch * 4;
   const bool bf16 = f.a.flavour == Flavour::bf16;
   Carver c;
-  const int64_t q_t = c.take(n / kPanel * f.q_groups * kGroupBytes), do_t = c.take(n / kPanel * f.do_groups * kGroupBytes);
+  const int64_t q_t = c.take(n / kPanel * f.q_groups * kGroupBytes),
+                do_t = c.take(n / kPanel * f.do_groups * kGroupBytes);
   const int64_t q = c.take(f.dk_stride / kPanel * chunk_groups), d_o = c.take(f.dv_stride / kPanel * chunk_groups);
   const int64_t k = c.take(f.convert_k ? keys * f.k_stride : 0), v = c.take(f.convert_v ? keys * f.v_stride : 0);
   const int64_t k_t = c.take(ceil_div(keys, kBlockKeys) * f.a.d * f.kt_stride);
@@ -76,9 +77,9 @@ Work carve(const Backward& f) {
   const int64_t cap = c.take(f.a.softcap != 0.f ? scores : 0);
   char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
-  return {base + q_t, base + do_t, base + q,   base + d_o,     base + k,     base + v,   base + k_t, floats(s),
-          floats(dp), base + p,    base + ds,  base + panels,  floats(dq_t), floats(dk), floats(dv), floats(max),
-          floats(inverse), floats(delta), floats(cap)};
+  return {base + q_t, base + do_t, base + q,        base + d_o,    base + k,      base + v,     base + k_t,
+          floats(s),  floats(dp),  base + p,        base + ds,     base + panels, floats(dq_t), floats(dk),
+          floats(dv), floats(max), floats(inverse), floats(delta), floats(cap)};
 }
 
 void convert(const Backward& f, const AttentionOperand& x, int64_t d, int64_t j, int64_t count, bool transposed,
@@ -138,7 +139,8 @@ void prepare_chunk(const Backward& f, const Chunk& c) {
   const char* q = query_row(a, a.q, f.item.b, c.head, c.i.begin);
   const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, c.i.begin);
   const char* out = query_row(a, f.g.out, f.item.b, c.head, c.i.begin);
-  const int64_t size = size_of(a.q.dtype), q_row = a.q.row * size, do_row = f.g.d_out.row * size, out_row = f.g.out.row * size;
+  const int64_t size = size_of(a.q.dtype), q_row = a.q.row * size, do_row = f.g.d_out.row * size,
+                out_row = f.g.out.row * size;
   const PackB q_t = {n, a.d, a.flavour, q, a.q.dtype, 1, a.q.row, false, f.w.q_t};
   for (int64_t p = 0; p < ceil_div(n, kPanel); p++) {
     const int64_t now = p * kPanel, next = now + kPanel, rows = min64(kPanel, n - now);
@@ -311,7 +313,8 @@ void add_to_mask(const Backward& f, const Chunk& c, const Tile& t, float factor,
       const int n = static_cast<int>(min64(16, t.j.end - j));
       IVec r[16];
       for (int l = 0; l < 16; l++)
-        r[l] = l < n ? as_int(sixteen<F, Dropped>(f, &keep, j + l, x, (j + l - t.j.begin) * kPitch + x, factor).ds) : izero();
+        r[l] = l < n ? as_int(sixteen<F, Dropped>(f, &keep, j + l, x, (j + l - t.j.begin) * kPitch + x, factor).ds)
+                     : izero();
       transpose16(r);
       for (int64_t l = 0; l < min64(16, c.i.end - c.i.begin - x); l++) {
         float* to = item.out + (c.i.begin + x + l) * item.row + j;
@@ -401,16 +404,19 @@ void finish_chunk(const Backward& f, const Chunk& c) {
     for (int64_t d = 0; d < a.d; d += 16) {
       const int n = static_cast<int>(min64(16, a.d - d));
       IVec r[16];
-      for (int l = 0; l < 16; l++) r[l] = l < n ? as_int(mul(load(f.w.dq_t + (d + l) * kPitch + x), set1(a.scale))) : izero();
+      for (int l = 0; l < 16; l++)
+        r[l] = l < n ? as_int(mul(load(f.w.dq_t + (d + l) * kPitch + x), set1(a.scale))) : izero();
       transpose16(r);
       for (int64_t l = 0; l < min64(16, c.i.end - c.i.begin - x); l++) {
-        char* to = const_cast<char*>(query_row(a, f.g.d_q, f.item.b + f.item.part * a.batch, c.head, c.i.begin + x + l));
+        char* to =
+            const_cast<char*>(query_row(a, f.g.d_q, f.item.b + f.item.part * a.batch, c.head, c.i.begin + x + l));
         with_float_dtype(f.g.d_q.dtype, [&]<DType T>() { store16_n<T>(to, d, as_float(r[l]), n); });
       }
     }
 }
 
-void finish_keys(const Backward& f, const AttentionOperand& x, const float* from, int64_t stride, int64_t d, float scale) {
+void finish_keys(const Backward& f, const AttentionOperand& x, const float* from, int64_t stride, int64_t d,
+                 float scale) {
   for (int64_t j = f.item.begin; j < f.item.end; j++) {
     const float* row = from + (j - f.item.begin) * stride;
     char* to = const_cast<char*>(key_row(f.a, x, f.item.b, f.item.kv_head, j));

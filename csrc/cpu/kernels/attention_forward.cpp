@@ -19,13 +19,13 @@ int64_t block_keys(const Attention& a) {
 
 // One item's working memory.
 struct Work {
-  char *k, *v;      // packed panels of the block
-  char* q;          // rows converted, where they cannot be read in place
-  float* scores;    // kStrip × pitch
-  char* p;          // kStrip × pitch, in the flavour's dtype; scores themselves in fp32
-  float* out;       // rows × out_stride
+  char *k, *v;             // packed panels of the block
+  char* q;                 // rows converted, where they cannot be read in place
+  float* scores;           // kStrip × pitch
+  char* p;                 // kStrip × pitch, in the flavour's dtype; scores themselves in fp32
+  float* out;              // rows × out_stride
   float *max, *sum, *lse;  // per row
-  bool* started;    // per row: whether out holds anything
+  bool* started;           // per row: whether out holds anything
 };
 
 struct Forward {
@@ -33,7 +33,7 @@ struct Forward {
   const AttentionItem& item;
   int64_t queries, keys, block, group;
   int64_t q_stride, out_stride;  // bytes; elements
-  int64_t pitch;  // elements of a row of scores: room for one panel more than a block
+  int64_t pitch;                 // elements of a row of scores: room for one panel more than a block
   bool convert_q;
   Work w;
 };
@@ -58,7 +58,7 @@ Work carve(const Forward& f) {
   char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   return {base + k,    base + v,    base + q,    floats(scores), base + p,
-          floats(out), floats(max), floats(sum), floats(lse), reinterpret_cast<bool*>(base + started)};
+          floats(out), floats(max), floats(sum), floats(lse),    reinterpret_cast<bool*>(base + started)};
 }
 
 void pack_block(const Forward& f, Range j) {
@@ -245,7 +245,8 @@ void attend(const Forward& f, const Strip& s, Range block) {
 
   const bool plain = plain_scores(a);
   if (!plain) adjust_scores(f, s, block.begin);
-  const Range top = visible_keys(a, s.i, f.queries, f.keys), last = visible_keys(a, s.i + s.rows - 1, f.queries, f.keys);
+  const Range top = visible_keys(a, s.i, f.queries, f.keys),
+              last = visible_keys(a, s.i + s.rows - 1, f.queries, f.keys);
   const bool all_seen = top.end - block.begin >= s.columns.end && last.begin - block.begin <= s.columns.begin;
   if (!all_seen) hide(f, s, block.begin);
   if (!plain || !all_seen) find_maxima(f, s, max);

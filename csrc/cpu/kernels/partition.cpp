@@ -42,7 +42,7 @@ Grid partition(const Gemm& g, int64_t threads) {
 
 // Minimises what the busiest thread does, in rows: its items' own, and as many again as packing K and V costs an item.
 int64_t attention_parts(int64_t rows, int64_t heads, int64_t threads) {
-  constexpr int64_t kPack = 16;       // rows' worth of work
+  constexpr int64_t kPack = 16;        // rows' worth of work
   constexpr int64_t kMostRows = 2048;  // of an item: their outputs stay in fp32 meanwhile
   constexpr int64_t kFewestRows = 32;
   const int64_t fewest = ceil_div(rows, kMostRows), most = ceil_div(rows, kFewestRows);

@@ -346,10 +346,9 @@ PBM_INLINE IVec as_int(Vec a) {
   return r;
 }
 PBM_INLINE Vec vfloor(Vec a){PBM_MAP(Vec, __builtin_floorf(a.v[i]))} PBM_INLINE IVec
-    ixor(IVec a, IVec b){PBM_MAP(IVec, a.v[i] ^ b.v[i])} PBM_INLINE IVec widen_u8(const uint8_t* p) {
-  PBM_MAP(IVec, p[i])
-}
-PBM_INLINE void multiply_wide(IVec a, uint32_t m, IVec* high, IVec* low) {
+    ixor(IVec a, IVec b){PBM_MAP(IVec, a.v[i] ^ b.v[i])} PBM_INLINE IVec
+    widen_u8(const uint8_t* p){PBM_MAP(IVec, p[i])} PBM_INLINE
+    void multiply_wide(IVec a, uint32_t m, IVec* high, IVec* low) {
   for (int i = 0; i < 16; i++) {
     const uint64_t product = uint64_t{static_cast<uint32_t>(a.v[i])} * m;
     high->v[i] = wrap(static_cast<uint32_t>(product >> 32));

@@ -70,8 +70,9 @@ def assert_within(
     def largest(t: Tensor) -> Tensor:
         return t.abs().max() if t.numel() else t.sum()
 
-    # The largest of 10⁵ normal errors is at 4.4 σ.
-    norms = (("Frobenius", torch.linalg.vector_norm, 2.0), ("largest", largest, 6.0))
+    # A row's errors have much in common, and there may be few rows; the largest of 10⁵ normal
+    # errors is at 4.4 σ.
+    norms = (("Frobenius", torch.linalg.vector_norm, 3.0), ("largest", largest, 6.0))
     for norm, of, sigmas in norms:
         error, torchs = of(got - expected), of(other - expected)
         limits = factor * torchs, sigmas * of(sigma), floor * of(expected)

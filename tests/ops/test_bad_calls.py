@@ -71,15 +71,16 @@ STARTS = {
 MASK = {"attn_mask": ((5, 7), F32)}
 D_OUT, PACKED_D_OUT = ((2, 4, 5, 6), F32), ((10, 4, 6), F32)
 LSE, PACKED_LSE = ((2, 4, 5), F32), ((4, 10), F32)
+STATISTICS, PACKED_STATISTICS = ((2, 2, 4, 5), F32), ((2, 4, 10), F32)
 GOOD["attention"] = {**QKV, **MASK, **OPTIONS}
 GOOD["attention_varlen"] = {**PACKED, **STARTS, **OPTIONS}
 GOOD["attention_backward"] = {
-    **{"grad_out": D_OUT, "grad_lse": LSE, **QKV, "out": D_OUT, "lse": LSE},
+    **{"grad_out": D_OUT, "grad_lse": LSE, **QKV, "out": D_OUT, "statistics": STATISTICS},
     **{**MASK, **OPTIONS, "need_mask": True},
 }
 GOOD["attention_varlen_backward"] = {
     **{"grad_out": PACKED_D_OUT, "grad_lse": PACKED_LSE},
-    **{**PACKED, "out": PACKED_D_OUT, "lse": PACKED_LSE, **STARTS, **OPTIONS},
+    **{**PACKED, "out": PACKED_D_OUT, "statistics": PACKED_STATISTICS, **STARTS, **OPTIONS},
 }
 ATTENTION = [op for op in GOOD if op.startswith("attention")]
 GOOD["int8_weight_only_linear"] = {k: v for k, v in GOOD["int8_linear"].items() if k != "symmetric"}
@@ -241,14 +242,14 @@ def bad_attention(op: str) -> list[Bad]:
             Bad(op, "attn_mask", ((1, 1, 1, 5, 7), F32), "(1, 1, 1, 5, 7)"),
         ]
     if "backward" in op:
-        whole, lse = GOOD[op]["out"][0], GOOD[op]["lse"][0]
-        longer, narrower = (*whole[:-1], 7), lse[:-1]
+        whole, shapes = GOOD[op]["out"][0], {n: GOOD[op][n][0] for n in ("grad_lse", "statistics")}
+        longer = (*whole[:-1], 7)
         for name in ("grad_out", "out"):
             calls += [Bad(op, name, (longer, F32), str(longer))]
             calls += [Bad(op, name, (whole, BF16), "bfloat16")]
-        for name in ("grad_lse", "lse"):
-            calls += [Bad(op, name, (narrower, F32), str(narrower))]
-            calls += [Bad(op, name, (lse, F64), "float64")]
+        for name, shape in shapes.items():
+            calls += [Bad(op, name, (shape[:-1], F32), str(shape[:-1]))]
+            calls += [Bad(op, name, (shape, F64), "float64")]
     return calls
 
 

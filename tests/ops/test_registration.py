@@ -63,16 +63,22 @@ def attention_samples() -> dict[str, tuple[Any, ...]]:
     packed = {"": (*rows, *starts, *plain), ", rich": (*rows, *starts, *rich)}
     samples: dict[str, tuple[Any, ...]] = {}
     for name, args in dense.items():
-        out, lse = pbm.attention(*args)
+        out, lse, statistics = pbm.attention(*args)
         samples[f"attention{name}"] = args
         seeds = torch.randn_like(out), torch.randn_like(lse)
-        saved = (*seeds, *args[:3], out, lse, *args[3:], name != ", bf16")
+        saved = (*seeds, *args[:3], out, statistics, *args[3:], name != ", bf16")
         samples[f"attention_backward{name}"] = saved
     for name, args in packed.items():
-        out, lse = pbm.attention_varlen(*args)
+        out, _, statistics = pbm.attention_varlen(*args)
         samples[f"attention_varlen{name}"] = args
         seeds = torch.randn_like(out), None
-        samples[f"attention_varlen_backward{name}"] = (*seeds, *args[:3], out, lse, *args[3:])
+        samples[f"attention_varlen_backward{name}"] = (
+            *seeds,
+            *args[:3],
+            out,
+            statistics,
+            *args[3:],
+        )
     return samples
 
 

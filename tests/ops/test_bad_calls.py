@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,39 @@ GOOD: dict[str, dict[str, Any]] = {
         "symmetric": False,
     },
 }
+# Of attention: batch 2, 4 heads on 2, 5 queries, 7 keys, D = 8, Dv = 6; packed, 10 and 14 rows.
+OPTIONS: dict[str, Any] = {
+    "alibi_slopes": ((4,), F32),
+    "dropout_seed": ((1,), LONG),
+    "window_left": -1,
+    "window_right": 0,
+    "bottom_right": True,
+    "softcap": 0.0,
+    "dropout_p": 0.5,
+    "scale": 1.0,
+    "precision": 0,
+}
+QKV = {"q": ((2, 4, 5, 8), F32), "k": ((2, 2, 7, 8), F32), "v": ((2, 2, 7, 6), F32)}
+PACKED = {"q": ((10, 4, 8), F32), "k": ((14, 2, 8), F32), "v": ((14, 2, 6), F32)}
+STARTS = {
+    "cu_seqlens_q": lambda: torch.tensor([0, 3, 10]),
+    "cu_seqlens_k": lambda: torch.tensor([0, 9, 14]),
+}
+MASK = {"attn_mask": ((5, 7), F32)}
+D_OUT, PACKED_D_OUT = ((2, 4, 5, 6), F32), ((10, 4, 6), F32)
+LSE, PACKED_LSE = ((2, 4, 5), F32), ((4, 10), F32)
+STATISTICS, PACKED_STATISTICS = ((2, 2, 4, 5), F32), ((2, 4, 10), F32)
+GOOD["attention"] = {**QKV, **MASK, **OPTIONS}
+GOOD["attention_varlen"] = {**PACKED, **STARTS, **OPTIONS}
+GOOD["attention_backward"] = {
+    **{"grad_out": D_OUT, "grad_lse": LSE, **QKV, "out": D_OUT, "statistics": STATISTICS},
+    **{**MASK, **OPTIONS, "need_mask": True},
+}
+GOOD["attention_varlen_backward"] = {
+    **{"grad_out": PACKED_D_OUT, "grad_lse": PACKED_LSE},
+    **{**PACKED, "out": PACKED_D_OUT, "statistics": PACKED_STATISTICS, **STARTS, **OPTIONS},
+}
+ATTENTION = [op for op in GOOD if op.startswith("attention")]
 GOOD["int8_weight_only_linear"] = {k: v for k, v in GOOD["int8_linear"].items() if k != "symmetric"}
 
 
@@ -140,6 +174,82 @@ def bad_calls() -> list[Bad]:
             Bad(op, "activation", 5, "5"),
             Bad(op, "activation", -1, "-1"),
         ]
+    for op in ATTENTION:
+        calls += bad_attention(op)
+    return calls
+
+
+def bad_attention(op: str) -> list[Bad]:
+    rows = {n: GOOD[op][n][0][:-1] for n in ("q", "k", "v")}  # B, H, S or T, H
+    packed = "varlen" in op
+
+    def shaped(name: str, *last: int, heads: int | None = None) -> tuple[tuple[int, ...], Any]:
+        shape = [*rows[name], *last]
+        if heads is not None:
+            shape[1] = heads
+        return tuple(shape), F32
+
+    calls = [
+        Bad(op, "q", ((*rows["q"], 8), F64), "float64"),
+        Bad(op, "q", ((*rows["q"], 8), LONG), "int64"),
+        Bad(op, "q", ((), F32), "()"),
+        Bad(op, "q", ((1, *rows["q"], 8), F32), str((1, *rows["q"], 8))),
+        Bad(op, "q", shaped("q", 257), "257"),
+        Bad(op, "q", shaped("q", 8, heads=3), "3"),
+        Bad(op, "k", ((*rows["k"], 8), BF16), "bfloat16"),
+        Bad(op, "k", ((7, 8), F32), "(7, 8)"),
+        Bad(op, "k", shaped("k", 9), str((*rows["k"], 9))),
+        Bad(op, "v", ((*rows["v"], 6), torch.float16), "float16"),
+        Bad(op, "v", shaped("v", 6, heads=4), "4"),
+        Bad(op, "v", ((1, *rows["v"], 6), F32), str((1, *rows["v"], 6))),
+        Bad(op, "v", shaped("v", 0), "0"),
+        Bad(op, "alibi_slopes", ((4,), BF16), "bfloat16"),
+        Bad(op, "alibi_slopes", ((5,), F32), "(5,)"),
+        Bad(op, "alibi_slopes", ((1, 4), F32), "(1, 4)"),
+        Bad(op, "alibi_slopes", ((2, 4, 1), F32), "(2, 4, 1)"),
+        Bad(op, "dropout_seed", None, ""),
+        Bad(op, "dropout_seed", ((1,), torch.int32), "int32"),
+        Bad(op, "dropout_seed", ((2,), LONG), "(2,)"),
+        Bad(op, "dropout_p", -0.5, "-0.5"),
+        Bad(op, "dropout_p", 1.5, "1.5"),
+        Bad(op, "dropout_p", math.nan, "nan"),
+        Bad(op, "softcap", -1.0, "-1"),
+        Bad(op, "softcap", math.inf, "inf"),
+        Bad(op, "softcap", math.nan, "nan"),
+        Bad(op, "scale", math.inf, "inf"),
+        Bad(op, "scale", math.nan, "nan"),
+        Bad(op, "precision", 2, "2"),
+        Bad(op, "precision", -1, "-1"),
+    ]
+    if packed:
+        calls += [
+            Bad(op, "cu_seqlens_q", ((3,), F32), "float32"),
+            Bad(op, "cu_seqlens_k", ((3,), torch.int16), ""),
+            Bad(op, "cu_seqlens_q", ((1, 3), LONG), "(1, 3)"),
+            Bad(op, "cu_seqlens_q", ((0,), LONG), "(0,)"),
+            Bad(op, "cu_seqlens_k", lambda: torch.tensor([0, 14]), "(2,)"),
+        ]
+    else:
+        calls += [
+            Bad(op, "k", ((3, 2, 7, 8), F32), "(3, 2, 7, 8)"),
+            Bad(op, "v", ((2, 2, 8, 6), F32), "(2, 2, 8, 6)"),
+            Bad(op, "attn_mask", ((5, 7), BF16), "bfloat16"),
+            Bad(op, "attn_mask", ((5, 7), F64), "float64"),
+            Bad(op, "attn_mask", ((5, 7), LONG), "int64"),
+            Bad(op, "attn_mask", ((5, 6), F32), "(5, 6)"),
+            Bad(op, "attn_mask", ((3, 1, 5, 7), F32), "(3, 1, 5, 7)"),
+            Bad(op, "attn_mask", ((2, 2, 5, 7), torch.bool), "(2, 2, 5, 7)"),
+            Bad(op, "attn_mask", ((1, 1, 1, 5, 7), F32), "(1, 1, 1, 5, 7)"),
+        ]
+    if "backward" in op:
+        whole, shapes = GOOD[op]["out"][0], {n: GOOD[op][n][0] for n in ("grad_lse", "statistics")}
+        longer = (*whole[:-1], 7)
+        for name in ("grad_out", "out"):
+            calls += [Bad(op, name, (longer, F32), str(longer))]
+            calls += [Bad(op, name, (whole, BF16), "bfloat16")]
+        for name, shape in shapes.items():
+            calls += [Bad(op, name, (shape[:-1], F32), str(shape[:-1]))]
+            calls += [Bad(op, name, (shape, F64), "float64")]
     return calls
 
 
@@ -202,7 +312,9 @@ def tensors_beside_input() -> list[Bad]:
         Bad(op, name, shapes.get(name, value), "meta")
         for op, arguments in GOOD.items()
         for name, value in arguments.items()
-        if "input" in arguments and name != "input" and (isinstance(value, tuple) or name in shapes)
+        if name not in ("input", "q", "dropout_seed")  # a seed is a number: it stays on the CPU
+        and (isinstance(value, tuple) or name in shapes)
+        if "input" in arguments or "q" in arguments
     ]
 
 

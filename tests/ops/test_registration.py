@@ -45,7 +45,41 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "int8_linear, symmetric": (x3.to(half), packed, scale, None, None, 0, True),
         "int8_weight_only_linear": (x, packed, scale, b, r, 3),
         "int8_weight_only_linear, bf16": (x3.to(half), packed, scale, None, None, 0),
+        **attention_samples(),
     }
+
+
+def attention_samples() -> dict[str, tuple[Any, ...]]:
+    q, k, v = (torch.randn(2, *shape) for shape in ((4, 5, 8), (2, 7, 8), (2, 7, 6)))
+    mask, slopes, seed = torch.randn(5, 7), torch.rand(4), torch.tensor([3])
+    plain = (None, None, -1, -1, True, 0.0, 0.0, 0.5, 0)
+    rich = (slopes, seed, 3, 0, False, 2.0, 0.3, 0.5, 1)
+    dense = {"": (q, k, v, None, *plain), ", rich": (q, k, v, mask, *rich)}
+    bf16 = [t.bfloat16() for t in (q, k, v)]
+    bshd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    dense |= {", bf16": (*bf16, mask > 0, *plain), ", bshd": (*bshd, mask, *plain)}
+    starts = torch.tensor([0, 3, 10]), torch.tensor([0, 9, 14])
+    rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    packed = {"": (*rows, *starts, *plain), ", rich": (*rows, *starts, *rich)}
+    samples: dict[str, tuple[Any, ...]] = {}
+    for name, args in dense.items():
+        out, lse, statistics = pbm.attention(*args)
+        samples[f"attention{name}"] = args
+        seeds = torch.randn_like(out), torch.randn_like(lse)
+        saved = (*seeds, *args[:3], out, statistics, *args[3:], name != ", bf16")
+        samples[f"attention_backward{name}"] = saved
+    for name, args in packed.items():
+        out, _, statistics = pbm.attention_varlen(*args)
+        samples[f"attention_varlen{name}"] = args
+        seeds = torch.randn_like(out), None
+        samples[f"attention_varlen_backward{name}"] = (
+            *seeds,
+            *args[:3],
+            out,
+            statistics,
+            *args[3:],
+        )
+    return samples
 
 
 @pytest.mark.parametrize("name", list(samples()))
@@ -66,6 +100,15 @@ def test_opcheck_with_gradients(dtype: torch.dtype) -> None:
     # Eager and compiled take the same kernels: the comparison of gradients is to the bit but for
     # sums of the bias, which torch's own tolerance covers.
     torch.library.opcheck(pbm.linear.default, (*leaves, 0))
+
+
+@pytest.mark.parametrize("name", [n for n in attention_samples() if "backward" not in n])
+def test_opcheck_with_gradients_of_attention(name: str) -> None:
+    op, leaves = getattr(pbm, name.partition(",")[0]).default, []
+    for value in attention_samples()[name]:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        leaves.append(value.requires_grad_() if floating and value.dim() >= 2 else value)
+    torch.library.opcheck(op, tuple(leaves))
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ import peers
 import pytest
 import record
 from harness import Builder, Effort, Group
-from shapes import Problem
+from problem import Problem
 
 import pybigmodel
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from shapes import Problem
+from shapes import Product
 
 # What ONNX Runtime and OpenVINO of the last years read.
 _OPSET, _IR_VERSION = 17, 9
 
 
-def _model(problem: Problem, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
+def _model(problem: Product, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
     graph = helper.make_graph(
         nodes,
         "linear",
@@ -33,7 +33,7 @@ def _product(a: str, b: str) -> list[onnx.NodeProto]:
     return [helper.make_node("MatMul", [a, b], ["t"]), helper.make_node("Add", ["t", "b"], ["y"])]
 
 
-def quantized_weight(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def quantized_weight(problem: Product) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric per channel: int8 (K, N), scale (N,)."""
     weight = problem.data.weight.numpy()
     scale = (np.abs(weight).max(1) / 127).astype(np.float32)
@@ -41,12 +41,12 @@ def quantized_weight(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(quantized.T), scale
 
 
-def fp32(problem: Problem) -> bytes:
+def fp32(problem: Product) -> bytes:
     weight = np.ascontiguousarray(problem.data.weight.numpy().T)
     return _model(problem, _product("x", "w"), w=weight, b=problem.data.bias.numpy())
 
 
-def weight_only(problem: Problem) -> bytes:
+def weight_only(problem: Product) -> bytes:
     """x · dequantised int8 weight."""
     quantized, scale = quantized_weight(problem)
     dequantize = helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1)
@@ -60,7 +60,7 @@ def weight_only(problem: Problem) -> bytes:
     )
 
 
-def static(problem: Problem) -> bytes:
+def static(problem: Product) -> bytes:
     """QDQ: the activation's range is known beforehand (here: of this very input, the best case)."""
     quantized, scale = quantized_weight(problem)
     x = problem.data.x
@@ -84,7 +84,7 @@ def static(problem: Problem) -> bytes:
     )
 
 
-def dynamic(problem: Problem) -> bytes:
+def dynamic(problem: Product) -> bytes:
     """onnxruntime.quantization.quantize_dynamic: activations per tensor, weights per channel."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 import onnxruntime
-from shapes import Problem
+from shapes import Product
 
 from peers import Contender, Unavailable, onnx_models
 
@@ -43,7 +43,7 @@ def _session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _contender(problem: Problem, model: bytes) -> Contender:
+def _contender(problem: Product, model: bytes) -> Contender:
     x = onnxruntime.OrtValue.ortvalue_from_numpy(problem.data.x.numpy())
     y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((problem.m, problem.n), np.float32))
 
@@ -63,11 +63,11 @@ def _contender(problem: Problem, model: bytes) -> Contender:
     return Contender.of_linear(problem, calls, result)
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     if problem.precision != "fp32":
         raise Unavailable("its CPU provider has no bf16 MatMul on x86")
     return _contender(problem, onnx_models.fp32(problem))
 
 
-def build_dynamic(problem: Problem) -> Contender:
+def build_dynamic(problem: Product) -> Contender:
     return _contender(problem, onnx_models.dynamic(problem))

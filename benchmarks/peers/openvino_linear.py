@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
-from shapes import Problem
+from shapes import Product
 
 from peers import Contender, onnx_models
 
@@ -30,7 +30,7 @@ def _compile(model: openvino.Model, threads: int, precision: str) -> openvino.Co
 
 
 def _contender(
-    problem: Problem, source: bytes, precision: str = "f32", note: str = ""
+    problem: Product, source: bytes, precision: str = "f32", note: str = ""
 ) -> Contender:
     in_bf16 = precision == "bf16"
     element = openvino.Type.bf16 if in_bf16 else openvino.Type.f32
@@ -64,15 +64,15 @@ def _contender(
     return Contender.of_linear(problem, calls, result, note)
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     precision = {"fp32": "f32", "bf16": "bf16"}[problem.precision]
     return _contender(problem, onnx_models.fp32(problem), precision)
 
 
-def build_static(problem: Problem) -> Contender:
+def build_static(problem: Product) -> Contender:
     note = "the activation's scale is known beforehand"
     return _contender(problem, onnx_models.static(problem), note=note)
 
 
-def build_weight_only(problem: Problem) -> Contender:
+def build_weight_only(problem: Product) -> Contender:
     return _contender(problem, onnx_models.weight_only(problem))

@@ -1,4 +1,4 @@
-"""ONNX models of one linear layer, built with onnx.helper for ONNX Runtime and OpenVINO."""
+"""ONNX models of one linear layer, for ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 from shapes import Product
+
+from peers.onnx_graph import FLOAT, serialized
 
 # What ONNX Runtime and OpenVINO of the last years read.
 _OPSET, _IR_VERSION = 17, 9
 
 
 def _model(problem: Product, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
-    graph = helper.make_graph(
+    return serialized(
         nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [problem.m, problem.k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [problem.m, problem.n])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        {"x": ([problem.m, problem.k], FLOAT)},
+        {"y": ([problem.m, problem.n], FLOAT)},
+        opset=_OPSET,
+        ir_version=_IR_VERSION,
+        constants=constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
-    model.ir_version = _IR_VERSION
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
 
 
 def _product(a: str, b: str) -> list[onnx.NodeProto]:

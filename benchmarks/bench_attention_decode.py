@@ -8,7 +8,13 @@ import pytest
 from attention_shapes import Decode
 from problem import streaming_variants
 
-PEERS = ["torch_eager", "torch_grouped", "onnxruntime_gqa", "openvino"]
+PEERS = [
+    "torch_eager",
+    "torch_grouped",
+    "onnxruntime_gqa",
+    "openvino_grouped",
+    "openvino_stateful",
+]
 
 
 def _problems(precision: str) -> list[Decode]:

@@ -104,7 +104,8 @@ _PEERS = {
         "torch_eager": ("torch_attention", "build_decode"),
         "torch_grouped": ("torch_attention", "build_decode_grouped"),
         "onnxruntime_gqa": ("onnxruntime_attention", "build_decode"),
-        "openvino": ("openvino_attention", "build_decode"),
+        "openvino_grouped": ("openvino_attention", "build_decode"),
+        "openvino_stateful": ("openvino_decode", "build"),
     },
     "additive_attention": {
         "pybigmodel": ("ours_attention", "build_additive"),

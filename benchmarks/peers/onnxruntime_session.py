@@ -9,7 +9,7 @@ timers wait for its end before anyone else's turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import onnxruntime
 from onnxruntime import OrtValue
@@ -47,10 +47,18 @@ def bound(
     inputs: Mapping[str, OrtValue],
     outputs: Mapping[str, OrtValue],
 ) -> Callable[[], None]:
-    """A call that reads and writes these values in place."""
+    """A call that reads and writes these values in place, and keeps them: a binding does not."""
     binding = running.io_binding()
     for name, value in inputs.items():
         binding.bind_ortvalue_input(name, value)
     for name, value in outputs.items():
         binding.bind_ortvalue_output(name, value)
-    return lambda: running.run_with_iobinding(binding)
+    return partial(_run, running, binding, inputs, outputs)
+
+
+def _run(
+    running: onnxruntime.InferenceSession,
+    binding: onnxruntime.IOBinding,
+    *kept: Mapping[str, OrtValue],
+) -> None:
+    running.run_with_iobinding(binding)

@@ -19,8 +19,10 @@ def core() -> openvino.Core:
     return openvino.Core()
 
 
-def compiled(model: openvino.Model, threads: int, precision: str) -> openvino.CompiledModel:
-    config = {
+def compiled(
+    model: openvino.Model, threads: int, precision: str, **options: str
+) -> openvino.CompiledModel:
+    config = options | {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": threads,

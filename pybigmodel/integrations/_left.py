@@ -58,43 +58,44 @@ def why_left(
 
 
 def _kind(tensors: tuple[Tensor, ...]) -> str | None:
-    device = tensors[0].device
     for tensor in tensors:
         if type(tensor) not in _TYPES:
             return f"a {type(tensor).__name__}"
+        if not tensor.is_cpu:
+            return f"device {tensor.device.type}"
         if tensor.layout is not torch.strided or tensor.is_nested:
             return f"a {'nested' if tensor.is_nested else tensor.layout} tensor"
-        if tensor.device != device:
-            return "tensors on several devices"
-    if device.type != "cpu":
-        return f"device {device.type}"
     if forward_ad._current_level >= 0 and any(map(is_dual, tensors)):
         return "forward-mode differentiation"
     return None
 
 
 def _dtypes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
-    if q.dtype not in FLOAT_DTYPES:
-        return f"dtype {name_of(q.dtype)}"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
+    dtype = q.dtype
+    if dtype not in FLOAT_DTYPES:
+        return f"dtype {name_of(dtype)}"
+    if k.dtype != dtype or v.dtype != dtype:
         return "q, k and v of several dtypes"
-    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        return f"attn_mask of dtype {name_of(mask.dtype)} beside {name_of(q.dtype)}"
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, dtype):
+        return f"attn_mask of dtype {name_of(mask.dtype)} beside {name_of(dtype)}"
     return None
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str | None:
     if not q.dim() == k.dim() == v.dim() or q.dim() not in (3, 4):
         return f"q of {q.dim()} dimensions, k of {k.dim()}, v of {v.dim()}"
-    if 0 in (*q.shape, *k.shape, *v.shape):
+    *batch, heads, _, d = q.shape
+    *k_batch, kv_heads, keys, k_d = k.shape
+    *v_batch, v_heads, values, v_d = v.shape
+    if not q.numel() or not k.numel() or not v.numel():
         return "an empty tensor"
-    if q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1]:
+    if d != k_d or keys != values:
         return "sizes of q, k and v that do not match"
-    if q.shape[:-3] != k.shape[:-3]:
+    if not batch == k_batch == v_batch:
         return "batches that broadcast"
-    if q.shape[-3] % k.shape[-3] != 0 if grouped else q.shape[-3] != k.shape[-3]:
+    if kv_heads != v_heads or (heads % kv_heads != 0 if grouped else heads != kv_heads):
         return "numbers of heads that broadcast or do not match"
-    if q.shape[-1] > MAX_HEAD or v.shape[-1] > MAX_HEAD:
+    if d > MAX_HEAD or v_d > MAX_HEAD:
         return f"a head dimension above {MAX_HEAD}"
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from shapes import COMPUTE_M, STREAMING_M, Problem, problems
+from shapes import COMPUTE_M, STREAMING_M, Product, problems
 
 PROVIDERS = [
     "pybigmodel",
@@ -21,5 +21,5 @@ PROBLEMS = problems("int8_linear", "int8", STREAMING_M + COMPUTE_M)
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_int8_linear(problem: Problem, provider: str, measure: Any) -> None:
+def test_int8_linear(problem: Product, provider: str, measure: Any) -> None:
     measure(problem, provider)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from shapes import WEIGHT_ONLY_M, Problem, problems
+from shapes import WEIGHT_ONLY_M, Product, problems
 
 PROVIDERS = [
     "pybigmodel",
@@ -19,5 +19,5 @@ PROBLEMS = problems("int8_weight_only_linear", "int8", WEIGHT_ONLY_M)
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_int8_weight_only_linear(problem: Problem, provider: str, measure: Any) -> None:
+def test_int8_weight_only_linear(problem: Product, provider: str, measure: Any) -> None:
     measure(problem, provider)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from shapes import COMPUTE_M, STREAMING_M, Problem, problems
+from shapes import COMPUTE_M, STREAMING_M, Product, problems
 
 PROVIDERS = [
     "pybigmodel",
@@ -19,11 +19,11 @@ PROVIDERS = [
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("problem", problems("linear", "fp32", STREAMING_M + COMPUTE_M), ids=str)
-def test_linear_fp32(problem: Problem, provider: str, measure: Any) -> None:
+def test_linear_fp32(problem: Product, provider: str, measure: Any) -> None:
     measure(problem, provider)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("problem", problems("linear", "bf16", STREAMING_M + COMPUTE_M), ids=str)
-def test_linear_bf16(problem: Problem, provider: str, measure: Any) -> None:
+def test_linear_bf16(problem: Product, provider: str, measure: Any) -> None:
     measure(problem, provider)

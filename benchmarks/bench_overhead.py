@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peers import Contender
-from shapes import Problem
+from shapes import Product
 
 from pybigmodel import nn, ops
 
-PROBLEMS = [Problem("linear_call", "fp32", 1, 64, 64, threads) for threads in (1, 2)]
+PROBLEMS = [Product("linear_call", "fp32", 1, 64, 64, threads=threads) for threads in (1, 2)]
 
 
-def build(provider: str, problem: Problem) -> Contender:
+def build(provider: str, problem: Product) -> Contender:
     data = problem.data
     x, weight, bias = data.x, data.weight, data.bias
     if provider == "torch_eager":
@@ -34,7 +34,7 @@ def build(provider: str, problem: Problem) -> Contender:
     return Contender.of_linear(problem, [call])
 
 
-def _module(kind: type[torch.nn.Linear], problem: Problem) -> torch.nn.Module:
+def _module(kind: type[torch.nn.Linear], problem: Product) -> torch.nn.Module:
     module = kind(problem.k, problem.n).eval()
     state = {"weight": problem.data.weight, "bias": problem.data.bias}
     module.load_state_dict(state)
@@ -46,5 +46,5 @@ def _module(kind: type[torch.nn.Linear], problem: Problem) -> torch.nn.Module:
     ["pybigmodel", "pybigmodel_raw_op", "pybigmodel_module", "torch_eager", "torch_module"],
 )
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_call(problem: Problem, provider: str, measure: Any) -> None:
+def test_call(problem: Product, provider: str, measure: Any) -> None:
     measure(problem, provider, build)

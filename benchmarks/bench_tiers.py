@@ -8,7 +8,7 @@ from typing import Any
 import peers
 import pytest
 from peers import Contender, Unavailable
-from shapes import LAYERS, Problem
+from shapes import LAYERS, Product
 
 from pybigmodel import _native
 
@@ -20,14 +20,14 @@ OPS = {
     "pybigmodel_int8": ("int8_linear", "int8"),
 }
 PROBLEMS = [
-    Problem("tiers", "fp32", m, k, n, threads=2, isa=tier)
+    Product("tiers", "fp32", m, k, n, threads=2, isa=tier)
     for tier in TIERS
     for k, n in LAYERS
     for m in (128, 512)
 ]
 
 
-def build(provider: str, problem: Problem) -> Contender:
+def build(provider: str, problem: Product) -> Contender:
     if problem.isa not in _native.available_isas():
         raise Unavailable(f"this CPU has no {problem.isa}")
     op, precision = OPS[provider]
@@ -37,6 +37,6 @@ def build(provider: str, problem: Problem) -> Contender:
 
 @pytest.mark.parametrize("provider", OPS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_tier(problem: Problem, provider: str, measure: Any) -> None:
+def test_tier(problem: Product, provider: str, measure: Any) -> None:
     measured = measure(problem, provider, build)
     assert measured.row.isa == problem.isa

@@ -16,14 +16,20 @@ import peers
 import pytest
 import record
 from harness import Builder, Effort, Group
-from shapes import Problem
+from problem import Problem
 
 import pybigmodel
 
 # For every provider alike: outputs of more than a few MiB would measure the kernel's page faults.
 pybigmodel.configure(retain_memory=True)
 
-_QUICK_SKIPS = ("torch_compile", "torchao_dynamic_compiled")  # seconds of compilation each
+# Seconds to compile, export or calibrate, each.
+_QUICK_SKIPS = (
+    "torch_compile",
+    "torchao_dynamic_compiled",
+    "onnxruntime_int8",
+    "openvino_int8",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

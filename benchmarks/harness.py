@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import cast
 
+import memory
 import peers
 import torch
 from peers import Contender, Unavailable
+from problem import Problem
 from record import Row, commit, cpu_model
-from shapes import Problem
 
 from pybigmodel import _native
 from pybigmodel._console import OtherLoad
@@ -49,8 +50,8 @@ class Probe:
         p = self._problem
         for kind, peaks in self._peaks.items():
             peaks.append(roofline.peak(cast(roofline.PeakKind, kind), p.threads, 0.005))
-        if p.streaming and p.weight_level is not None:
-            self._bandwidths.append(roofline.read_bandwidth(p.weight_level, p.threads, 0.015))
+        if p.level is not None:
+            self._bandwidths.append(roofline.read_bandwidth(p.level, p.threads, 0.015))
 
     def speed(self) -> float:
         return roofline.peak("fp32", self._problem.threads, 0.003)
@@ -141,21 +142,26 @@ def _row(
     operations = (contender.operations or problem.operations) / seconds
     precision = contender.precision or problem.precision
     peak = probe.peak(precision)
-    # A peer that reads a weight of another precision may read it from another level.
-    bandwidth = probe.bandwidth if precision == problem.precision else None
-    read = problem.weight_bytes / seconds if bandwidth else None
+    streamed = contender.streamed_bytes
+    # What a peer holds in another precision may lie in another level, unless it says otherwise.
+    if streamed is None and precision == problem.precision:
+        streamed = problem.streamed_bytes
+    bandwidth = None if streamed is None else probe.bandwidth
+    read = streamed / seconds if streamed and bandwidth else None
     errors = contender.errors()
+    m, n, k = problem.mnk or (None, None, None)
     return Row(
         group=str(problem),
         date=date,
         op=problem.op,
         precision=precision,
-        m=problem.m,
-        n=problem.n,
-        k=problem.k,
+        m=m,
+        n=n,
+        k=k,
+        shape=problem.shape,
         threads=problem.threads,
-        weight_level=(problem.weight_level or "") if problem.streaming else "",
-        weights_in_rotation=problem.copies,
+        weight_level=problem.level or "",
+        weights_in_rotation=len(contender.calls),
         isa=_native.active_isa(),
         provider=name,
         provider_version=peers.version(name),
@@ -172,6 +178,7 @@ def _row(
         rel_error=errors.relative,
         max_error=errors.largest,
         cosine=errors.cosine,
+        peak_bytes=memory.peak_of(contender.calls[0]) if contender.records_memory else None,
         cpu_over_wall=timing.cpu_over_wall,
         other_load=others,
         cpu=cpu_model(),

@@ -1,4 +1,4 @@
-"""Draws docs/img/*.svg from benchmarks/results: rooflines, bars per shape, MiniLM.
+"""Draws docs/img/*.svg from benchmarks/results: rooflines, bars per shape, attention, MiniLM.
 
 Usage: python benchmarks/plot.py [--results FOLDER] [--out docs/img] [--threads 2]
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import plot_attention
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -161,6 +162,8 @@ def main() -> None:
             figures[f"{op}_{precision}"] = bars(results, op, precision, names)
     if any(op == "minilm" for op, _ in ops):
         figures["minilm"] = minilm(results)
+    for precision in plot_attention.precisions(results):
+        figures[f"attention_{precision}"] = plot_attention.over_length(results, precision)
     if not figures:
         parser.error(f"no rows for {options.threads} threads in {options.results}")
     options.out.mkdir(parents=True, exist_ok=True)

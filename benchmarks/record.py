@@ -22,11 +22,14 @@ class Row:
     date: str  # UTC, when the group's run began
     op: str
     precision: str
-    m: int
-    n: int
-    k: int
+    m: int | None  # m, n, k: of one matrix product; empty for what is not one
+    n: int | None
+    k: int | None
+    shape: str  # the problem's sizes and options in words; rows before this column have none
     threads: int
-    weight_level: str  # where the weight lies when a call begins; empty where it does not matter
+    # Where the weight (of decoding: the cache) lies when a call begins; empty where it does not
+    # matter.
+    weight_level: str
     weights_in_rotation: int
     isa: str  # the tier that pybigmodel's kernels and the roofline probe ran on
     provider: str
@@ -38,12 +41,15 @@ class Row:
     gflops: float
     peak_gflops: float  # measured in the same rounds
     peak_fraction: float
-    read_gbps: float | None  # bytes of the weight over the median; empty for large M
+    read_gbps: float | None  # its bytes over the median; empty where arithmetic is the limit
     level_gbps: float | None  # measured in the same rounds
     bandwidth_fraction: float | None
     rel_error: float | None  # relative L2, against float64
     max_error: float | None  # largest, over the RMS of the exact result
     cosine: float | None  # mean cosine of embeddings to torch eager's
+    peak_bytes: (
+        int | None
+    )  # what one call adds to the process's memory at its peak, output included
     cpu_over_wall: float
     other_load: float  # cores that other processes used during the group's run
     cpu: str
@@ -96,7 +102,10 @@ def _text(key: str, value: object) -> str:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the groups that `rows` measure (on this CPU) in the CSV file and keep the others."""
+    """Replace the groups that `rows` measure (on this CPU) in the CSV file and keep the others.
+
+    A kept row from before a column was added is empty there.
+    """
     new = [{key: _text(key, value) for key, value in asdict(row).items()} for row in rows]
     replaced = {(row["group"], row["cpu"]) for row in new}
     kept = [row for row in read(path) if (row["group"], row["cpu"]) not in replaced]

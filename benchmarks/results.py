@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from record import RESULTS, read
 
 OURS = "pybigmodel"
-ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a weight's element
+ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of an element
 DYNAMIC_PEERS = (
     "torch_quantize_dynamic",
     "torchao_dynamic",
@@ -28,9 +29,10 @@ class Result:
     name: str
     op: str
     precision: str  # the group's; a row may have another
-    m: int
-    k: int
-    n: int
+    m: int | None  # m, k, n: of products
+    k: int | None
+    n: int | None
+    words: str  # sizes and options of what is not a product
     threads: int
     level: str
     isa: str
@@ -60,8 +62,17 @@ class Result:
 
     @property
     def shape(self) -> str:
-        text = f"K={self.k} N={self.n} M={self.m}"
+        is_product = self.m is not None
+        text = f"K={self.k} N={self.n} M={self.m}" if is_product else self.words
         return f"{text} {self.level}" if self.level else text
+
+    def has(self, option: str) -> bool:
+        return option in self.words.split()
+
+    def size(self, name: str) -> int | None:
+        """512 for "S" where the shape is "B1 H12 S512 D64"."""
+        found = re.search(rf"\b{name}(\d+)\b", self.words)
+        return int(found[1]) if found else None
 
 
 def load(folder: Path = RESULTS, cpu: str | None = None) -> list[Result]:
@@ -80,7 +91,9 @@ def load(folder: Path = RESULTS, cpu: str | None = None) -> list[Result]:
                 row["group"],
                 row["op"],
                 row["group"].split("-")[1],
-                *(int(row[c]) for c in ("m", "k", "n", "threads")),
+                *(int(row[c]) if row[c] else None for c in ("m", "k", "n")),
+                row.get("shape") or "",
+                int(row["threads"]),
                 row["weight_level"],
                 row["isa"],
             ),

@@ -25,6 +25,35 @@ LABELS = {
     "linear_forward": "`linear`, weight not packed, forward",
     "linear_forward_backward": "`linear`, weight not packed, forward + backward",
 }
+_ONNXRUNTIME = ("onnxruntime_attention", "onnxruntime_mha", "onnxruntime_gqa")
+# What is not a matrix product: op and providers beside ours, in the order of the tables.
+ATTENTION = {
+    "attention": ("torch_eager", *_ONNXRUNTIME, "openvino"),
+    "attention_forward_backward": ("torch_eager",),
+    "attention_decode": (
+        "pybigmodel_int8",
+        "torch_eager",
+        "torch_grouped",
+        "onnxruntime_gqa",
+        "openvino_grouped",
+        "openvino_stateful",
+    ),
+    "additive_attention": ("torch_eager", "torch_compile"),
+    "additive_attention_forward_backward": ("torch_eager", "torch_compile"),
+}
+ENCODERS = (
+    "torch_eager",
+    "torch_eager_bf16",
+    "onnxruntime_fp32",
+    "onnxruntime_int8",
+    "openvino_fp32",
+    "openvino_bf16",
+    "openvino_int8",
+    "pybigmodel_fp32",
+    "pybigmodel_bf16",
+    "pybigmodel_bf16_tensors",
+    "pybigmodel_int8",
+)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -67,6 +96,46 @@ def _products(results: list[Result]) -> list[str]:
         )
     header = ["work", "M", "GOP/s", "of the peak", "over F.linear", "over the best other peer"]
     return _table(header, lines)
+
+
+def _attention(results: list[Result]) -> list[str]:
+    """One line per op, precision and option: geometric means over the shapes."""
+    lines = []
+    for op, peers in ATTENTION.items():
+        of_op = [r for r in results if r.op == op]
+        kinds = sorted(
+            {(r.precision, _option(r)) for r in of_op},
+            key=lambda kind: (kind[0] != "fp32", kind[1]),
+        )
+        for precision, option in kinds:
+            group = [r for r in of_op if (r.precision, _option(r)) == (precision, option)]
+            streaming = any(r.level for r in group)
+            limit = "bandwidth_fraction" if streaming else "peak_fraction"
+            others = [name for name in peers if not name.startswith((OURS, "torch_eager"))]
+            lines.append(
+                [
+                    f"{_label(op)} {precision}{option and ', '}{option}",
+                    _cell(_mean(r.number(OURS, limit) for r in group), ".0%")
+                    + (" of the bandwidth" if streaming else ""),
+                    _cell(_mean(r.speedup(("torch_eager",)) for r in group), ".2f", "×"),
+                    _cell(_mean(r.speedup(others) for r in group), ".2f", "×"),
+                ]
+            )
+    if not lines:
+        return []
+    header = ["work", "of the peak", "over torch", "over the best other peer"]
+    return _table(header, lines)
+
+
+def _label(op: str) -> str:
+    name = op.removesuffix("_forward_backward")
+    return f"`{name}`" if name == op else f"`{name}`, forward + backward"
+
+
+def _option(r: Result) -> str:
+    if (window := r.size("window")) is not None:
+        return f"window {window}"
+    return "causal" if r.has("causal") else ""
 
 
 def _minilm(results: list[Result]) -> list[str]:
@@ -119,6 +188,27 @@ def _by_shape(results: list[Result]) -> list[str]:
     return lines
 
 
+def _of_attention(results: list[Result]) -> list[str]:
+    """Every group of the attention family and of the encoders in microseconds."""
+    lines: list[str] = []
+    tables = {op: (OURS, *peers) for op, peers in ATTENTION.items()} | {"encoder": ENCODERS}
+    for op, names in tables.items():
+        for precision in ("fp32", "bf16"):
+            group = [r for r in results if (r.op, r.precision) == (op, precision)]
+            if not group:
+                continue
+            group.sort(key=lambda r: ([r.size(name) or 0 for name in "BDS"], r.shape))
+            kept = [name for name in names if any(name in r.rows for r in group)]
+            rows = [
+                [r.shape, *(_cell(r.number(name, "median_us"), ".4g") for name in kept)]
+                for r in group
+            ]
+            mixed = op == "encoder"
+            lines += ["", f"### `{op}`{'' if mixed else f' {precision}'}, median µs a call", ""]
+            lines += _table(["shape", *kept], rows)
+    return lines
+
+
 def _origin(results: list[Result], threads: int) -> str:
     rows = [row for r in results for row in r.rows.values()]
     versions = {row["provider_version"] for row in rows} - {""}
@@ -145,10 +235,12 @@ def _rewrite(path: Path, lines: list[str]) -> None:
 def main() -> None:
     results, threads = from_command_line(__doc__)
     origin = _origin(results, threads)
-    sections: list[Callable[[list[Result]], list[str]]] = [_minilm, _products]
-    summary = [line for section in sections for line in ["", *section(results)]]
+    sections: list[Callable[[list[Result]], list[str]]] = [_minilm, _products, _attention]
+    tables = [table for section in sections if (table := section(results))]
+    summary = [line for table in tables for line in ["", *table]]
     _rewrite(REPOSITORY / "README.md", [*summary, "", origin, ""])
-    _rewrite(REPOSITORY / "docs" / "benchmarks.md", [*_by_shape(results), "", origin, ""])
+    by_shape = [*_by_shape(results), *_of_attention(results)]
+    _rewrite(REPOSITORY / "docs" / "benchmarks.md", [*by_shape, "", origin, ""])
 
 
 if __name__ == "__main__":

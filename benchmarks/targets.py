@@ -1,4 +1,4 @@
-"""Prints the project's speed targets for the linear family beside what the CSV files say.
+"""Prints the project's speed targets beside what the CSV files say.
 
 Usage: python benchmarks/targets.py [--results FOLDER] [--threads 2]
 """
@@ -6,8 +6,8 @@ Usage: python benchmarks/targets.py [--results FOLDER] [--threads 2]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from attention_targets import attention_targets
 from results import (
     DYNAMIC_PEERS,
     OURS,
@@ -16,37 +16,11 @@ from results import (
     from_command_line,
     geometric_mean,
 )
+from target import Filter, Target, column, ratio
 
 from pybigmodel._console import OtherLoad
 
 PREPACKED = ("onednn_prepacked", "onnxruntime", "openvino")
-Value = Callable[[Result], float | None]
-Filter = Callable[[Result], bool]
-
-
-@dataclass(frozen=True)
-class Target:
-    """`value` of every group that `where` picks must reach `aim` (stay below, if at_most)."""
-
-    work: str
-    text: str
-    aim: float
-    where: Filter
-    value: Value
-    by_mean: bool = False  # judged by the geometric mean; otherwise by the worst group
-    at_most: bool = False
-    digits: int = 2
-
-    def holds(self, value: float) -> bool:
-        return value <= self.aim if self.at_most else value >= self.aim
-
-
-def _ratio(*peers: str, ours: str = OURS) -> Value:
-    return lambda r: r.speedup(peers, ours)
-
-
-def _column(column: str, provider: str = OURS) -> Value:
-    return lambda r: r.number(provider, column)
 
 
 def _of(op: str, precision: str | None = None, m: Callable[[int], bool] = lambda m: True) -> Filter:
@@ -70,59 +44,59 @@ def _error_ratio(r: Result) -> float | None:
 def _linear() -> Iterator[Target]:
     for_large = _of("linear", "fp32", _large)
     work = "linear fp32, M ≥ 128"
-    yield Target(work, "× F.linear (AMD)", 2.2, for_large, _ratio("torch_eager"))
-    yield Target(work, "× oneDNN prepacked", 0.97, for_large, _ratio("onednn_prepacked"))
-    yield Target(work, "of the FMA peak", 0.86, for_large, _column("peak_fraction"))
+    yield Target(work, "× F.linear (AMD)", 2.2, for_large, ratio("torch_eager"))
+    yield Target(work, "× oneDNN prepacked", 0.97, for_large, ratio("onednn_prepacked"))
+    yield Target(work, "of the FMA peak", 0.86, for_large, column("peak_fraction"))
     for op, aim in (("linear_forward", 2.0), ("linear_forward_backward", 1.8)):
         work = f"not prepacked, {op.removeprefix('linear_').replace('_', ' + ')}, fp32"
-        yield Target(work, "× F.linear", aim, _of(op, "fp32"), _ratio("torch_eager"))
+        yield Target(work, "× F.linear", aim, _of(op, "fp32"), ratio("torch_eager"))
     yield Target(
-        "linear fp32, M = 8", "× best peer", 1.2, _of("linear", "fp32", _is(8)), _ratio(*PREPACKED)
+        "linear fp32, M = 8", "× best peer", 1.2, _of("linear", "fp32", _is(8)), ratio(*PREPACKED)
     )
     yield Target(
         "linear fp32, M = 1",
         "of the level's bandwidth",
         0.85,
         _of("linear", "fp32", _is(1)),
-        _column("bandwidth_fraction"),
+        column("bandwidth_fraction"),
     )
     for text, m, aim in (("≥ 128", _large, 0.98), ("= 8", _is(8), 1.2), ("= 1", _is(1), 1.4)):
         where = _of("linear", "bf16", m)
-        yield Target(f"linear bf16, M {text}", "× best peer", aim, where, _ratio(*PREPACKED))
+        yield Target(f"linear bf16, M {text}", "× best peer", aim, where, ratio(*PREPACKED))
 
 
 def _int8() -> Iterator[Target]:
     large = _of("int8_linear", m=_large)
     work = "int8_linear, M ≥ 128"
-    yield Target(work, "× best dynamic peer", 1.05, large, _ratio(*DYNAMIC_PEERS), by_mean=True)
-    yield Target(work, "× OpenVINO static", 0.97, large, _ratio("openvino_static"), by_mean=True)
+    yield Target(work, "× best dynamic peer", 1.05, large, ratio(*DYNAMIC_PEERS), by_mean=True)
+    yield Target(work, "× OpenVINO static", 0.97, large, ratio("openvino_static"), by_mean=True)
     yield Target(
         "int8_linear, M = 1024",
         "of the VNNI peak",
         0.78,
         _of("int8_linear", m=_is(1024)),
-        _column("peak_fraction"),
+        column("peak_fraction"),
         by_mean=True,
     )
     yield Target(work, "× smaller error than per-tensor peers", 1.0, large, _error_ratio)
     every = (*DYNAMIC_PEERS, "openvino_static")
     for m, aim in ((8, 1.4), (1, 1.2)):
         where = _of("int8_linear", m=_is(m))
-        yield Target(f"int8_linear, M = {m}", "× best peer", aim, where, _ratio(*every))
+        yield Target(f"int8_linear, M = {m}", "× best peer", aim, where, ratio(*every))
     where = _of("int8_weight_only_linear", m=_is(1))
     work = "int8_weight_only_linear, M = 1"
-    yield Target(work, "of the level's bandwidth", 0.85, where, _column("bandwidth_fraction"))
-    yield Target(work, "× F.linear fp32", 3.0, where, _ratio("torch_eager"))
+    yield Target(work, "of the level's bandwidth", 0.85, where, column("bandwidth_fraction"))
+    yield Target(work, "× F.linear fp32", 3.0, where, ratio("torch_eager"))
 
 
 def _rest() -> Iterator[Target]:
     for batch, aim in ((1, 2.5), (32, 3.0)):
         where = _of("minilm", m=_is(batch))
-        ratio = _ratio("torch_eager", ours="pybigmodel_int8")
-        yield Target(f"MiniLM int8, batch {batch}", "× eager fp32", aim, where, ratio)
+        value = ratio("torch_eager", ours="pybigmodel_int8")
+        yield Target(f"MiniLM int8, batch {batch}", "× eager fp32", aim, where, value)
     where = _of("minilm")
     for precision, aim, digits in (("int8", 0.995, 5), ("fp32", 1 - 1e-6, 9)):
-        value = _column("cosine", f"pybigmodel_{precision}")
+        value = column("cosine", f"pybigmodel_{precision}")
         yield Target(f"MiniLM {precision}", "cosine to eager", aim, where, value, digits=digits)
 
     def avx2(r: Result) -> bool:
@@ -133,21 +107,21 @@ def _rest() -> Iterator[Target]:
         "of the AVX2 FMA peak",
         0.8,
         avx2,
-        _column("peak_fraction", "pybigmodel_fp32"),
+        column("peak_fraction", "pybigmodel_fp32"),
     )
     yield Target(
         "avx2 tier, int8_linear, M ≥ 128",
         "× its fp32",
         1.5,
         avx2,
-        _ratio("pybigmodel_fp32", ours="pybigmodel_int8"),
+        ratio("pybigmodel_fp32", ours="pybigmodel_int8"),
     )
     yield Target(
         "a call of a packed 64×64 linear, M = 1",
         "µs",
         3.5,
         _of("linear_call"),
-        _column("median_us"),
+        column("median_us"),
         at_most=True,
     )
 
@@ -174,7 +148,7 @@ def main() -> None:
     results, _ = from_command_line(__doc__)
     print("| work | target | geometric mean | worst | where | verdict |")
     print("|---|---|---|---|---|---|")
-    for target in [*_linear(), *_int8(), *_rest()]:
+    for target in [*_linear(), *_int8(), *_rest(), *attention_targets()]:
         print(_line(target, results))
     rows = [row for r in results for row in r.rows.values()]
     enough = OtherLoad.ENOUGH_TO_MATTER

@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.compiler import is_dynamo_compiling
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _private(name: str, substitute: Any) -> Any:
@@ -60,6 +63,63 @@ _autocast_guards = {device: _autocast_guard(device) for device in ("cpu", "cuda"
 def below_autocast(device: str) -> AbstractContextManager[Any]:
     """The ops called within are not cast again."""
     return _autocast_guards[device]()
+
+
+# What stands for a tensor while torch.compile traces; unknown: such are left to torch.
+traced_types: tuple[type, ...]
+try:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+except ImportError:
+    traced_types = ()
+else:
+    traced_types = (FakeTensor, FunctionalTensor)
+
+
+def composite_kernel(op: Any) -> Callable[..., Any]:
+    """What torch registered for a composite op, under whatever was registered above it since."""
+    try:
+        key = torch._C.DispatchKey.CompositeImplicitAutograd
+        op._op_dk  # noqa: B018
+    except AttributeError:
+        kernel: Callable[..., Any] = op.decompose
+        return kernel
+    return lambda *args, **kwargs: op._op_dk(key, *args, **kwargs)
+
+
+def tag_compile_caches(tag: str) -> None:
+    """Keep what this thread compiles from now on apart from what it compiled under another tag.
+
+    Without torch's setting, caches on disk may return what an earlier process compiled.
+    """
+    config = getattr(torch.compiler, "config", None)
+    if config is not None and hasattr(config, "cache_key_tag"):
+        others, _, _ = config.cache_key_tag.partition(_TAG)
+        wanted = f"{others}{_TAG}{tag}" if tag else others
+        if config.cache_key_tag != wanted:
+            config.cache_key_tag = wanted
+
+
+_TAG = " pybigmodel:"
+
+
+def at_trace_time(function: F) -> F:
+    """torch.compile calls the function when it traces a call of it, and leaves none in the graph:
+    torch.compiler.assume_constant_result, without its import of the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def outside_of_graphs(reason: str) -> Callable[[F], F]:
+    """torch.compile breaks its graph at a call of the function, or says the reason:
+    torch.compiler.disable, without its import of the compiler."""
+
+    def mark(function: F) -> F:
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 # --- autograd -----------------------------------------------------------------------------------

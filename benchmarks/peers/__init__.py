@@ -1,7 +1,7 @@
-"""Other implementations of the same products, one file each.
+"""Other implementations of the same problems, one file each.
 
-A peer's `build(problem)` returns a `Contender`: one call per copy of the weight, ready to be timed,
-and a way to read the result. It raises `Unavailable` with the reason where it has none.
+A peer's `build(problem)` returns a `Contender`: one call per copy of what is streamed, ready to be
+timed, and a way to read the result. It raises `Unavailable` with the reason where it has none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-from shapes import Problem
+import numpy as np
+from problem import Problem
+from shapes import Product
+from torch import Tensor, from_numpy
 
 
 class Unavailable(Exception):
@@ -26,21 +29,34 @@ class Errors:
     largest: float | None = None
     cosine: float | None = None
 
+    @classmethod
+    def of(cls, outputs: Sequence[Tensor | np.ndarray], exact: Sequence[Tensor]) -> Errors:
+        """Of all outputs together; the largest in units of its own output's RMS."""
+        difference = norm = largest = 0.0
+        for y, e in zip(outputs, exact, strict=True):
+            y = (from_numpy(y) if isinstance(y, np.ndarray) else y).double() - e
+            difference += float(y.square().sum())
+            norm += float(e.square().sum())
+            largest = max(largest, float(y.abs().max() / e.square().mean().sqrt()))
+        return cls((difference / norm) ** 0.5, largest)
+
 
 @dataclass(frozen=True)
 class Contender:
-    """`calls[i]` computes with the i-th copy of the weight; all are ready to be timed."""
+    """`calls[i]` computes with the i-th copy of what is streamed; all are ready to be timed."""
 
     calls: Sequence[Callable[[], Any]]
     errors: Callable[[], Errors]
     note: str = ""  # what a reader of the row must know
     precision: str | None = None  # of its products, where not the problem's
     operations: float | None = None  # of one call, where not the problem's
+    streamed_bytes: int | None = None  # from the problem's level, where not the problem's
+    records_memory: bool = False  # whether its row says what a call adds to the memory
 
     @classmethod
     def of_linear(
         cls,
-        problem: Problem,
+        problem: Product,
         calls: Sequence[Callable[[], Any]],
         result: Callable[[], Any] | None = None,
         note: str = "",
@@ -49,33 +65,59 @@ class Contender:
         """For y = x·Wᵀ + b; `result` gives y where the calls themselves do not return it."""
 
         def errors() -> Errors:
-            return Errors(*problem.data.errors((result or calls[0])()))
+            return Errors.of([(result or calls[0])()], [problem.data.exact])
 
         return cls(calls, errors, note, precision)
 
 
-# name: (module in this package, function)
+# family of problems: {name: (module in this package, function)}
 _PEERS = {
-    "pybigmodel": ("ours", "build"),
-    "torch_eager": ("torch_eager", "build"),
-    "onednn_prepacked": ("onednn", "build"),
-    "torch_compile": ("torch_compile", "build"),
-    "onnxruntime": ("onnxruntime_linear", "build"),
-    "openvino": ("openvino_linear", "build"),
-    "torch_quantize_dynamic": ("torch_quantize_dynamic", "build"),
-    "torchao_dynamic": ("torchao_linear", "build_dynamic"),
-    "torchao_dynamic_compiled": ("torchao_linear", "build_dynamic_compiled"),
-    "onnxruntime_dynamic": ("onnxruntime_linear", "build_dynamic"),
-    "openvino_static": ("openvino_linear", "build_static"),
-    "torch_int8pack": ("torch_int8pack", "build"),
-    "torchao_weight_only": ("torchao_linear", "build_weight_only"),
-    "openvino_weight_only": ("openvino_linear", "build_weight_only"),
+    "linear": {
+        "pybigmodel": ("ours", "build"),
+        "torch_eager": ("torch_eager", "build"),
+        "onednn_prepacked": ("onednn", "build"),
+        "torch_compile": ("torch_compile", "build"),
+        "onnxruntime": ("onnxruntime_linear", "build"),
+        "openvino": ("openvino_linear", "build"),
+        "torch_quantize_dynamic": ("torch_quantize_dynamic", "build"),
+        "torchao_dynamic": ("torchao_linear", "build_dynamic"),
+        "torchao_dynamic_compiled": ("torchao_linear", "build_dynamic_compiled"),
+        "onnxruntime_dynamic": ("onnxruntime_linear", "build_dynamic"),
+        "openvino_static": ("openvino_linear", "build_static"),
+        "torch_int8pack": ("torch_int8pack", "build"),
+        "torchao_weight_only": ("torchao_linear", "build_weight_only"),
+        "openvino_weight_only": ("openvino_linear", "build_weight_only"),
+    },
+    "attention": {
+        "pybigmodel": ("ours_attention", "build"),
+        "pybigmodel_full": ("ours_attention", "build_full"),
+        "pybigmodel_causal": ("ours_attention", "build_causal"),
+        "torch_eager": ("torch_attention", "build"),
+        "onnxruntime_attention": ("onnxruntime_attention", "build"),
+        "onnxruntime_mha": ("onnxruntime_attention", "build_mha"),
+        "onnxruntime_gqa": ("onnxruntime_attention", "build_gqa"),
+        "openvino": ("openvino_attention", "build"),
+    },
+    "attention_decode": {
+        "pybigmodel": ("ours_attention", "build_decode"),
+        "pybigmodel_int8": ("ours_attention", "build_decode_int8"),
+        "torch_eager": ("torch_attention", "build_decode"),
+        "torch_grouped": ("torch_attention", "build_decode_grouped"),
+        "onnxruntime_gqa": ("onnxruntime_attention", "build_decode"),
+        "openvino_grouped": ("openvino_attention", "build_decode"),
+        "openvino_stateful": ("openvino_decode", "build"),
+    },
+    "additive_attention": {
+        "pybigmodel": ("ours_attention", "build_additive"),
+        "torch_eager": ("torch_attention", "build_additive"),
+        "torch_compile": ("torch_attention", "build_additive_compiled"),
+    },
 }
 
 
 def build(name: str, problem: Problem) -> Contender:
     """The peer's contender for `problem`; a package that is not installed makes it Unavailable."""
-    module, function = _PEERS[name]
+    module, function = _PEERS[problem.family][name]
     try:
         builder = getattr(import_module(f"peers.{module}"), function)
     except ModuleNotFoundError as missing:

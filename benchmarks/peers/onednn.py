@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from shapes import Problem
+from shapes import Product
 
 from peers import Contender, Unavailable
 from peers.torch_eager import DTYPES
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     if not torch.backends.mkldnn.is_available():
         raise Unavailable("this torch is built without oneDNN")
     dtype = DTYPES[problem.precision]

@@ -1,4 +1,4 @@
-"""ONNX models of one linear layer, built with onnx.helper for ONNX Runtime and OpenVINO."""
+"""ONNX models of one linear layer, for ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-from shapes import Problem
+from onnx import helper
+from shapes import Product
+
+from peers.onnx_graph import FLOAT, serialized
 
 # What ONNX Runtime and OpenVINO of the last years read.
 _OPSET, _IR_VERSION = 17, 9
 
 
-def _model(problem: Problem, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
-    graph = helper.make_graph(
+def _model(problem: Product, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> bytes:
+    return serialized(
         nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [problem.m, problem.k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [problem.m, problem.n])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        {"x": ([problem.m, problem.k], FLOAT)},
+        {"y": ([problem.m, problem.n], FLOAT)},
+        opset=_OPSET,
+        ir_version=_IR_VERSION,
+        constants=constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
-    model.ir_version = _IR_VERSION
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
 
 
 def _product(a: str, b: str) -> list[onnx.NodeProto]:
     return [helper.make_node("MatMul", [a, b], ["t"]), helper.make_node("Add", ["t", "b"], ["y"])]
 
 
-def quantized_weight(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def quantized_weight(problem: Product) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric per channel: int8 (K, N), scale (N,)."""
     weight = problem.data.weight.numpy()
     scale = (np.abs(weight).max(1) / 127).astype(np.float32)
@@ -41,12 +40,12 @@ def quantized_weight(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(quantized.T), scale
 
 
-def fp32(problem: Problem) -> bytes:
+def fp32(problem: Product) -> bytes:
     weight = np.ascontiguousarray(problem.data.weight.numpy().T)
     return _model(problem, _product("x", "w"), w=weight, b=problem.data.bias.numpy())
 
 
-def weight_only(problem: Problem) -> bytes:
+def weight_only(problem: Product) -> bytes:
     """x · dequantised int8 weight."""
     quantized, scale = quantized_weight(problem)
     dequantize = helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1)
@@ -60,7 +59,7 @@ def weight_only(problem: Problem) -> bytes:
     )
 
 
-def static(problem: Problem) -> bytes:
+def static(problem: Product) -> bytes:
     """QDQ: the activation's range is known beforehand (here: of this very input, the best case)."""
     quantized, scale = quantized_weight(problem)
     x = problem.data.x
@@ -84,7 +83,7 @@ def static(problem: Problem) -> bytes:
     )
 
 
-def dynamic(problem: Problem) -> bytes:
+def dynamic(problem: Product) -> bytes:
     """onnxruntime.quantization.quantize_dynamic: activations per tensor, weights per channel."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

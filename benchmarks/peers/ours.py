@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from shapes import Problem
+from shapes import Product
 
 from peers import Contender
 from peers.torch_eager import DTYPES
 from pybigmodel import ops
 
 
-def _packed(problem: Problem) -> Contender:
+def _packed(problem: Product) -> Contender:
     dtype = DTYPES[problem.precision]
     data = problem.data
     x, bias = data.x.to(dtype), data.bias.to(dtype)
@@ -24,14 +24,14 @@ def _packed(problem: Problem) -> Contender:
     )
 
 
-def _int8(problem: Problem, op: Callable[..., Any]) -> Contender:
+def _int8(problem: Product, op: Callable[..., Any]) -> Contender:
     data = problem.data
     quantized, scale = ops.quantize_weight(data.weight)
     packed = [ops.pack_int8_linear_weight(quantized) for _ in range(problem.copies)]
     return Contender.of_linear(problem, [partial(op, data.x, w, scale, data.bias) for w in packed])
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     if problem.op == "int8_linear":
         return _int8(problem, ops.int8_linear)
     if problem.op == "int8_weight_only_linear":

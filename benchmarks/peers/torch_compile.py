@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from shapes import Problem
+from shapes import Product
 from torch import nn
 
 from peers import Contender, Unavailable
@@ -31,7 +31,7 @@ def freeze(module: nn.Module, *inputs: torch.Tensor) -> Callable[[], torch.Tenso
     return lambda: compiled(*inputs)
 
 
-def linear_module(problem: Problem, dtype: torch.dtype) -> nn.Linear:
+def linear_module(problem: Product, dtype: torch.dtype) -> nn.Linear:
     """An nn.Linear with the problem's weight and bias."""
     module = nn.Linear(problem.k, problem.n, dtype=dtype).eval().requires_grad_(False)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def linear_module(problem: Problem, dtype: torch.dtype) -> nn.Linear:
     return module
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     if problem.copies > MAX_COMPILED_COPIES:
         raise Unavailable(f"one compilation per weight, and {problem.copies} are in rotation")
     dtype = DTYPES[problem.precision]

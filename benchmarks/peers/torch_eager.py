@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from shapes import Problem
+from shapes import Product
 
 from peers import Contender
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     # A quantised op is compared with the fp32 layer that it replaces.
     dtype = DTYPES.get(problem.precision, torch.float32)
     data = problem.data

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from shapes import Problem
+from shapes import Product
 
 from peers import Contender
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     data = problem.data
     scale = data.weight.abs().amax(1) / 127
     quantized = (data.weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)

@@ -6,14 +6,14 @@ import warnings
 from functools import partial
 
 import torch
-from shapes import Problem
+from shapes import Product
 from torch import nn
 
 from peers import Contender
 from peers.torch_compile import linear_module
 
 
-def build(problem: Problem) -> Contender:
+def build(problem: Product) -> Contender:
     x = problem.data.x
     modules = []
     with warnings.catch_warnings():

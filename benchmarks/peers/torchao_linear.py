@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from shapes import Problem
+from shapes import Product
 from torch import nn
 
 from peers import Contender, Unavailable
@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     )
 
 
-def _quantized(problem: Problem, config: Any) -> nn.Module:
+def _quantized(problem: Product, config: Any) -> nn.Module:
     model = nn.Sequential(linear_module(problem, torch.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -32,21 +32,21 @@ def _quantized(problem: Problem, config: Any) -> nn.Module:
     return model
 
 
-def _eager(problem: Problem, config: Any) -> Contender:
+def _eager(problem: Product, config: Any) -> Contender:
     x = problem.data.x
     modules = [_quantized(problem, config)[0] for _ in range(problem.copies)]
     return Contender.of_linear(problem, [partial(module, x) for module in modules])
 
 
-def build_dynamic(problem: Problem) -> Contender:
+def build_dynamic(problem: Product) -> Contender:
     return _eager(problem, Int8DynamicActivationInt8WeightConfig())
 
 
-def build_weight_only(problem: Problem) -> Contender:
+def build_weight_only(problem: Product) -> Contender:
     return _eager(problem, Int8WeightOnlyConfig())
 
 
-def build_dynamic_compiled(problem: Problem) -> Contender:
+def build_dynamic_compiled(problem: Product) -> Contender:
     if problem.copies > MAX_COMPILED_COPIES:
         raise Unavailable(f"one compilation per weight, and {problem.copies} are in rotation")
     x, config = problem.data.x, Int8DynamicActivationInt8WeightConfig()

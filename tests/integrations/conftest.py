@@ -1,0 +1,43 @@
+"""Which implementation of attention ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import pybigmodel as pbm
+from pybigmodel import _native
+
+
+@pytest.fixture
+def ours() -> Callable[[Callable[[], Any]], bool]:
+    """ours(call): whether a kernel of this library's attention ran in it, in this thread."""
+
+    def ran(call: Callable[[], Any]) -> bool:
+        pbm.ops.linear(torch.ones(1, 2), torch.ones(3, 2))
+        before = _native.last_kernel()
+        call()
+        after = _native.last_kernel()
+        assert after == before or after.startswith("attention"), after
+        return after != before
+
+    return ran
+
+
+@pytest.fixture
+def left() -> Callable[[], dict[str, int]]:
+    """left(): the reasons for which calls were left to torch since the test began."""
+    before = pbm.integrations.left_to_torch()
+
+    def since() -> dict[str, int]:
+        now = pbm.integrations.left_to_torch()
+        return {
+            reason: n - before.get(reason, 0)
+            for reason, n in now.items()
+            if n != before.get(reason, 0)
+        }
+
+    return since

@@ -11,6 +11,8 @@ namespace {
 // Bytes of packed K and V that stay in L2 beside what passes by, and the most keys of a block.
 constexpr int64_t kBlockBytes = int64_t{256} << 10;
 constexpr int64_t kMostKeys = 512;
+// Strips take turns, so that no step waits for the one before it to leave the pipeline.
+constexpr int kTurns = 2;
 // Independent of the item, the batch and the threads, so that a row's result is too.
 int64_t block_keys(const Attention& a) {
   const int64_t bytes = (a.d + a.dv) * 4 / k_per_lane(a.flavour);
@@ -21,8 +23,8 @@ int64_t block_keys(const Attention& a) {
 struct Work {
   char *k, *v;             // packed panels of the block
   char* q;                 // rows converted, where they cannot be read in place
-  float* scores;           // kStrip × pitch
-  char* p;                 // kStrip × pitch, in the flavour's dtype; scores themselves in fp32
+  float* scores;           // kTurns strips of kStrip × pitch
+  char* p;                 // the same in the flavour's dtype; scores themselves in fp32
   float* out;              // rows × out_stride
   float *max, *sum, *lse;  // per row
   bool* started;           // per row: whether out holds anything
@@ -43,10 +45,14 @@ struct Strip {
   int64_t row, head, i;
   int rows;
   Range columns;  // within the block; begin is a multiple of 16, as is end
+  // Of the turn that the strip takes: its scores, what its sums and outputs are rescaled with.
+  float* scores;
+  char* p;
+  float* rescale;
 };
 
 Work carve(const Forward& f) {
-  const int64_t rows = f.item.end - f.item.begin, strip = kStrip * f.pitch;
+  const int64_t rows = f.item.end - f.item.begin, strip = kTurns * kStrip * f.pitch;
   const bool bf16 = f.a.flavour == Flavour::bf16;
   Carver c;
   const int64_t k = c.take(f.block * panel_groups(f.a.d, f.a.flavour) * 4);
@@ -95,7 +101,7 @@ void adjust_scores(const Forward& f, const Strip& s, int64_t j0) {
   const int64_t offset = a.bottom_right ? f.keys - f.queries : 0;
   const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + s.head] * kLog2e : 0.f;
   for (int r = 0; r < s.rows; r++) {
-    float* row = f.w.scores + r * f.pitch;
+    float* row = s.scores + r * f.pitch;
     const int64_t i = s.i + r;
     const int64_t mask_row = f.item.b * a.mask.batch + s.head * a.mask.head + i * a.mask.row + j0;
     const float relative = static_cast<float>(j0 - i - offset);
@@ -122,7 +128,7 @@ void adjust_scores(const Forward& f, const Strip& s, int64_t j0) {
 void hide(const Forward& f, const Strip& s, int64_t j0) {
   for (int r = 0; r < s.rows; r++) {
     const Range seen = visible_keys(f.a, s.i + r, f.queries, f.keys);
-    float* row = f.w.scores + r * f.pitch;
+    float* row = s.scores + r * f.pitch;
     const int64_t begin = min64(seen.begin - j0, s.columns.end), end = max64(seen.end - j0, s.columns.begin);
     for (int64_t j = s.columns.begin; j < begin; j++) row[j] = kHidden;
     for (int64_t j = end; j < s.columns.end; j++) row[j] = kHidden;
@@ -154,15 +160,14 @@ PBM_INLINE Vec exponential(Vec x) {
 void find_maxima(const Forward& f, const Strip& s, float* max) {
   for (int r = 0; r < s.rows; r++) {
     Vec m = set1(kHidden);
-    for (int64_t j = s.columns.begin; j < s.columns.end; j += kWidth) m = vmax(load(f.w.scores + r * f.pitch + j), m);
+    for (int64_t j = s.columns.begin; j < s.columns.end; j += kWidth) m = vmax(load(s.scores + r * f.pitch + j), m);
     max[r] = reduce_max(m);
   }
 }
 
-// p = 2^(s·factor − max) for a strip whose rows have the maxima found_max; rescale gets what the rows' earlier sums and
-// outputs are multiplied with.
+// p = 2^(s·factor − max) for a strip whose rows have the maxima found_max.
 template <Flavour F>
-void soften(const Forward& f, const Strip& s, float factor, const float* found_max, float* rescale) {
+void soften(const Forward& f, const Strip& s, float factor, const float* found_max) {
   const Vec old = load_n(f.w.max + s.row, s.rows);
   const Vec now = vmax(mul(load(found_max), set1(factor)), old);
   alignas(64) float base[16], sums[16] = {};
@@ -170,8 +175,8 @@ void soften(const Forward& f, const Strip& s, float factor, const float* found_m
   store_n(f.w.max + s.row, now, s.rows);
   const int64_t pairs = (s.columns.end - s.columns.begin) / (2 * kWidth) * (2 * kWidth);
   for (int r = 0; r < s.rows; r++) {
-    float* row = f.w.scores + r * f.pitch;
-    char* p = f.w.p + r * f.pitch * (F == Flavour::f32 ? 4 : 2);
+    float* row = s.scores + r * f.pitch;
+    char* p = s.p + r * f.pitch * (F == Flavour::f32 ? 4 : 2);
     const Vec low = set1(-base[r]), scale = set1(factor);
     Vec s0 = zero(), s1 = zero();
     int64_t j = s.columns.begin;
@@ -190,7 +195,7 @@ void soften(const Forward& f, const Strip& s, float factor, const float* found_m
     sums[r] = reduce_add(add(s0, s1));
   }
   const Vec earlier = vexp2(sub(old, load(base)));
-  store(rescale, earlier);
+  store(s.rescale, earlier);
   store_n(f.w.sum + s.row, fmadd(load_n(f.w.sum + s.row, s.rows), earlier, load(sums)), s.rows);
 }
 
@@ -212,9 +217,9 @@ void drop(const Forward& f, const Strip& s, int64_t j0) {
         const int64_t at = r * f.pitch + x;
         const Vec keep = load(in_order + (x - j));
         if (f.a.flavour == Flavour::f32) {
-          store(reinterpret_cast<float*>(f.w.p) + at, mul(load(reinterpret_cast<float*>(f.w.p) + at), keep));
+          store(reinterpret_cast<float*>(s.p) + at, mul(load(reinterpret_cast<float*>(s.p) + at), keep));
         } else {
-          uint16_t* p = reinterpret_cast<uint16_t*>(f.w.p) + at;
+          uint16_t* p = reinterpret_cast<uint16_t*>(s.p) + at;
           store_bf16(p, mul(load16<DType::bf16>(p, 0), keep));
         }
       }
@@ -223,20 +228,19 @@ void drop(const Forward& f, const Strip& s, int64_t j0) {
 
 // --- a strip through a block --------------------------------------------------------------------------------------------
 
+// Raw products to exponents of base 2; the factor that is left to apply, and the rows' maxima.
 template <Flavour F>
-void attend(const Forward& f, const Strip& s, Range block) {
+float score(const Forward& f, const Strip& s, Range block, float* max) {
   const Attention& a = f.a;
   constexpr int64_t kSize = 4 / k_per_lane(F);
   const int64_t lanes = panel_groups(a.d, F), first = s.columns.begin / kPanel;
-  alignas(64) float max[16], rescale[16];
-  store(max, zero());
   ScoreStrip products;
   products.q = f.convert_q ? f.w.q + s.row * f.q_stride : query_row(a, a.q, f.item.b, s.head, s.i);
   products.q_stride = f.convert_q ? f.q_stride : a.q.row * kSize;
   products.lanes = lanes;
   products.k = f.w.k + first * lanes * kGroupBytes;
   products.panels = (s.columns.end - s.columns.begin) / kPanel;
-  products.scores = f.w.scores + s.columns.begin;
+  products.scores = s.scores + s.columns.begin;
   products.pitch = f.pitch;
   products.max = max;
   if (!f.convert_q && s.i + s.rows < f.queries)  // the next strip's
@@ -250,12 +254,15 @@ void attend(const Forward& f, const Strip& s, Range block) {
   const bool all_seen = top.end - block.begin >= s.columns.end && last.begin - block.begin <= s.columns.begin;
   if (!all_seen) hide(f, s, block.begin);
   if (!plain || !all_seen) find_maxima(f, s, max);
-  soften<F>(f, s, plain ? a.scale * kLog2e : 1.f, max, rescale);
-  if (a.dropout.threshold) drop(f, s, block.begin);
+  return plain ? a.scale * kLog2e : 1.f;
+}
 
+template <Flavour F>
+void add_values(const Forward& f, const Strip& s, Range block) {
+  constexpr int64_t kSize = 4 / k_per_lane(F);
   const int64_t keys = round_up(block.end - block.begin, k_per_lane(F));
   ValueStrip values;
-  values.p = f.w.p + s.columns.begin * kSize;
+  values.p = s.p + s.columns.begin * kSize;
   values.p_stride = f.pitch * kSize;
   values.lanes = (min64(s.columns.end, keys) - s.columns.begin) / k_per_lane(F);
   values.v = f.w.v + s.columns.begin / k_per_lane(F) * kGroupBytes;
@@ -263,9 +270,25 @@ void attend(const Forward& f, const Strip& s, Range block) {
   values.panels = f.out_stride / kPanel;
   values.out = f.w.out + s.row * f.out_stride;
   values.out_stride = f.out_stride;
-  values.rescale = f.w.started[s.row] ? rescale : nullptr;
+  values.rescale = f.w.started[s.row] ? s.rescale : nullptr;
   value_strip<F>(s.rows, values);
   f.w.started[s.row] = true;
+}
+
+template <Flavour F>
+void attend(const Forward& f, Strip* strips, int count, Range block) {
+  alignas(64) float max[kTurns][16] = {}, rescale[kTurns][16];
+  float factor = 1.f;
+  for (int t = 0; t < count; t++) {
+    strips[t].scores = f.w.scores + t * kStrip * f.pitch;
+    strips[t].p = f.w.p + t * kStrip * f.pitch * (4 / k_per_lane(F));
+    strips[t].rescale = rescale[t];
+    factor = score<F>(f, strips[t], block, max[t]);
+  }
+  for (int t = 0; t < count; t++) soften<F>(f, strips[t], factor, max[t]);
+  if (f.a.dropout.threshold)
+    for (int t = 0; t < count; t++) drop(f, strips[t], block.begin);
+  for (int t = 0; t < count; t++) add_values<F>(f, strips[t], block);
 }
 
 // The columns that the rows of a strip see of a block, cut by what a mask hides from all of them.
@@ -299,7 +322,7 @@ void for_each_strip(const Forward& f, const F& body) {
     const int64_t i = row % f.queries;
     const int64_t last = min64(f.item.end, row - i + f.queries);
     const int64_t strips = ceil_div(last - row, kStrip);
-    Strip s{row - f.item.begin, f.item.kv_head * f.group + row / f.queries, i, 0, {0, 0}};
+    Strip s{row - f.item.begin, f.item.kv_head * f.group + row / f.queries, i, 0, {0, 0}, nullptr, nullptr, nullptr};
     s.rows = static_cast<int>(ceil_div(last - row, strips));
     body(s);
     row += s.rows;
@@ -376,13 +399,23 @@ void attention_forward(const Attention& a, const AttentionItem& item) {
   for (int64_t j = 0; j < f.keys; j += f.block) {
     const Range block = {j, min64(j + f.block, f.keys)};
     bool packed = false;
+    Strip turn[kTurns];
+    int count = 0;
+    const auto flush = [&] {
+      if (count > 0)
+        a.flavour == Flavour::f32 ? attend<Flavour::f32>(f, turn, count, block)
+                                  : attend<Flavour::bf16>(f, turn, count, block);
+      count = 0;
+    };
     for_each_strip(f, [&](Strip s) {
       s.columns = columns_of(f, s, block);
       if (s.columns.begin >= s.columns.end) return;
       if (!packed) pack_block(f, block);
       packed = true;
-      a.flavour == Flavour::f32 ? attend<Flavour::f32>(f, s, block) : attend<Flavour::bf16>(f, s, block);
+      turn[count++] = s;
+      if (count == kTurns) flush();
     });
+    flush();
   }
   if (item.kv_head + 1 < a.kv_heads) {
     const int64_t n = min64(f.keys, 64), kb = size_of(a.k.dtype), qb = size_of(a.q.dtype);

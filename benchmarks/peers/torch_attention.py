@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -100,7 +101,9 @@ def build_additive(problem: Additive) -> Contender:
 
 def build_additive_compiled(problem: Additive) -> Contender:
     """Inductor fuses the sum and the tanh into the reduction over H, as nobody writes by hand."""
-    torch._dynamo.reset()
-    contender = additive_contender(problem, torch.compile(additive_attention, dynamic=False))
-    contender.calls[0]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, about parts of itself
+        torch.compiler.reset()
+        contender = additive_contender(problem, torch.compile(additive_attention, dynamic=False))
+        contender.calls[0]()
     return contender

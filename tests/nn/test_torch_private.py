@@ -44,6 +44,12 @@ for dtype in (torch.float32, torch.bfloat16):
 expected = torch.autograd.grad(theirs(x).sum(), theirs.weight)
 torch.testing.assert_close(torch.autograd.grad(ours(x).sum(), ours.weight), expected)
 assert type(pbm.optimize(theirs)) is pbm.nn.Linear
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+for q in (torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).double()):
+    expected = sdpa(q, q, q)
+    with pbm.sdpa():
+        torch.testing.assert_close(sdpa(q, q, q), expected)
 """
 
 SOURCE = Path(_torch_private.__file__)

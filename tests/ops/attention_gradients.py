@@ -119,7 +119,8 @@ def noise(case: Case, d_out: Tensor, d_lse: Tensor | None) -> list[Tensor]:
     relative = score + (ROUNDING * fine) ** 2 * (lse.square() + 1) + (ROUNDING * product) ** 2
     of_d_p = (chain(v.shape[-1]) * fine) ** 2 * (d_out.square() @ v.square().mT)
     apart = (p * d_p).square() * relative + (p * dropped).square() * of_d_p
-    of_delta = (chain(v.shape[-1]) * fine) ** 2 + (ROUNDING * coarse) ** 2
+    of_out = (ROUNDING * coarse) ** 2 + (ROUNDING * fine) ** 2 * k.shape[2] / 3
+    of_delta = (chain(v.shape[-1]) * fine) ** 2 + of_out
     row = of_delta * (d_out * out).square().sum(-1, keepdim=True)
     both = (apart + p.square() * row) * slope.square()
 

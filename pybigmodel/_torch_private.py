@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.compiler import is_dynamo_compiling
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

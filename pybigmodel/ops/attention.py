@@ -57,7 +57,7 @@ def attention(
 
         s_ij = scale·q_i·k_j
         s_ij = softcap·tanh(s_ij/softcap)           if softcap > 0
-        s_ij = s_ij + attn_mask_ij                  if it is floating; hidden where a bool one is False
+        s_ij = s_ij + attn_mask_ij                  a floating one; hidden where a bool is False
         s_ij = s_ij − slope_h·|i + off − j|         ALiBi
         hidden: j > i + off if causal;  j < i + off − left or j > i + off + right by window
         out_i = Σ_j softmax_j(s_ij)·m_ij·v_j,  lse_i = ln Σ_j exp(s_ij)

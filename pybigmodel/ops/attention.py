@@ -342,10 +342,12 @@ def _check_gradients(
         ("grad_lse", grad_lse, rows),
     )
     for name, tensor in (("grad_out", grad_out), ("out", out)):
+        check.check_same_device(op, name, tensor, q)
         check.check_dtype(op, name, tensor, q.dtype)
         check.check_shape(op, name, tensor, shape, f"must have shape {tuple(shape)}")
     for name, given, size in optional:
         if given is not None:
+            check.check_same_device(op, name, given, q)
             check.check_dtype(op, name, given, torch.float32)
             check.check_shape(op, name, given, size, f"must have shape {tuple(size)}")
 

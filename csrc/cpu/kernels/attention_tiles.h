@@ -33,26 +33,36 @@ struct ValueStrip {
 // How far ahead P·V fetches a panel; QKᵀ, whose panels are short, fetches the ones of the next step.
 constexpr int64_t kValuePrefetch = 32 * kGroupBytes;
 
+// Lanes of D that are summed in one chain: see docs/numerics.md.
+constexpr int64_t kChainLanes = 128;
+
 template <Flavour F, int MR, int NV>
 PBM_INLINE void score_tile(const ScoreStrip& s, const char* k, int64_t panel, float* scores, Vec (&max)[MR]) {
   using D = Dot<F>;
-  typename D::Acc acc[MR][NV];
-  PBM_UNROLL for (int r = 0; r < MR; r++) PBM_UNROLL for (int j = 0; j < NV; j++) acc[r][j] = D::zero();
   const char* q = s.q;
   const char* next = k + NV * panel;
-  for (int64_t l = 0; l < s.lanes; l++) {
-    PBM_UNROLL for (int j = 0; j < NV; j++) __builtin_prefetch(next + j * panel, 0, 3);
-    multiply<D, MR, NV>(acc, q, s.q_stride, k, panel);
-    q += 4;
-    k += kGroupBytes;
-    next += kGroupBytes;
-  }
-  PBM_UNROLL for (int r = 0; r < MR; r++) {
-    PBM_UNROLL for (int j = 0; j < NV; j++) {
-      store(scores + r * s.pitch + j * kWidth, acc[r][j]);
-      max[r] = vmax(acc[r][j], max[r]);
+  int64_t lane = 0;
+  do {  // once, unless D is above kChainLanes
+    typename D::Acc acc[MR][NV];
+  PBM_UNROLL for (int r = 0; r < MR; r++) PBM_UNROLL for (int j = 0; j < NV; j++) acc[r][j] = D::zero();
+    const int64_t end = min64(lane + kChainLanes, s.lanes);
+    const bool first = lane == 0, last = end == s.lanes;
+    for (; lane < end; lane++) {
+      PBM_UNROLL for (int j = 0; j < NV; j++) __builtin_prefetch(next + j * panel, 0, 3);
+      multiply<D, MR, NV>(acc, q, s.q_stride, k, panel);
+      q += 4;
+      k += kGroupBytes;
+      next += kGroupBytes;
     }
-  }
+    PBM_UNROLL for (int r = 0; r < MR; r++) {
+      PBM_UNROLL for (int j = 0; j < NV; j++) {
+        float* at = scores + r * s.pitch + j * kWidth;
+        if (!first) acc[r][j] = add(load(at), acc[r][j]);
+        store(at, acc[r][j]);
+        if (last) max[r] = vmax(acc[r][j], max[r]);
+      }
+    }
+  } while (lane < s.lanes);
 }
 
 template <Flavour F, int MR>

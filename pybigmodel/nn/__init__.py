@@ -2,5 +2,6 @@
 
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
+from pybigmodel.nn.multihead_attention import MultiheadAttention
 
-__all__ = ["Int8Linear", "Linear"]
+__all__ = ["Int8Linear", "Linear", "MultiheadAttention"]

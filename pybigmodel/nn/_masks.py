@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pybigmodel._torch_private import dispatch_modes, jit_tracing_state, transforms_active
-
 
 def merged(
     attn_mask: Tensor | None,
@@ -42,24 +40,9 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask if mask.dtype == torch.float32 else mask.to(dtype)
 
 
-def hides_the_future(mask: Tensor, queries: int, keys: int) -> bool:
-    """Whether the mask is known to be the causal one, aligned to the top left.
-
-    It looks at the values, so that within a graph the answer is no.
-    """
-    if (
-        mask.shape != (queries, keys)
-        or mask.requires_grad
-        or torch.compiler.is_compiling()
-        or dispatch_modes()
-        or transforms_active()
-        or jit_tracing_state() is not None
-        or mask.device.type == "meta"
-    ):
+def hides_the_future(mask: Tensor, queries: int) -> bool:
+    """Whether the mask is the causal one of this size; within a graph, which cannot see, no."""
+    if mask.shape != (queries, queries) or torch.compiler.is_compiling():
         return False
-    full = torch.ones if mask.dtype == torch.bool else _minus_infinity
-    return torch.equal(mask, full(queries, keys, dtype=mask.dtype, device=mask.device).triu(1))
-
-
-def _minus_infinity(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full(shape, -torch.inf, dtype=dtype, device=device)
+    hidden = torch.full_like(mask, True if mask.dtype == torch.bool else -torch.inf)
+    return torch.equal(mask, hidden.triu(1))

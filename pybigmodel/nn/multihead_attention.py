@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pybigmodel.nn._masks import hides_the_future, merged
+from pybigmodel.nn._masks import merged
 from pybigmodel.nn._packing import forget
 from pybigmodel.nn._product import Met, product
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
 from pybigmodel.ops._checks import name_of
 from pybigmodel.ops._common import PRECISIONS, Precision, precision_code
-from pybigmodel.ops.attention import attention
+from pybigmodel.ops.attention import attention, attention_varlen
 
 MAX_HEAD_DIM = 256
-_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -79,14 +79,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             device,
             dtype,
         )
+        self._set_up(precision)
+        self.out_proj = Linear.from_linear(self.out_proj, precision=precision)  # type: ignore[assignment]
+
+    def _set_up(self, precision: str) -> None:
+        """What it has beyond torch's, which may have been a torch.nn.MultiheadAttention before."""
         if self.head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"MultiheadAttention: embed_dim / num_heads must be at most {MAX_HEAD_DIM}, "
-                f"got {embed_dim} / {num_heads}"
+                f"got {self.embed_dim} / {self.num_heads}"
             )
         self._precision = precision_code(precision)
-        self._met: dict[str, Met] = {name: {} for name in _WEIGHTS}
-        self.out_proj = Linear.from_linear(self.out_proj, precision=precision)  # type: ignore[assignment]
+        self._met: dict[str, Met] = {name: {} for name in WEIGHTS}
 
     @property
     def precision(self) -> str:
@@ -133,6 +137,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out_proj: Linear | Int8Linear = self.out_proj  # type: ignore[assignment]
         return out_proj.fused(heads, residual=residual)
 
+    def added_to_packed(self, residual: Tensor, x: Tensor, starts: Tensor) -> Tensor:
+        """:meth:`added_to` for self-attention of sequences that lie end to end: (T, E), and where
+        each starts."""
+        q, k, v = self._projected(x, x, x)
+        heads = attention_varlen(
+            q,
+            k,
+            v,
+            starts,
+            starts,
+            dropout_p=self.dropout if self.training else 0.0,
+            precision="bf16" if self._precision else None,
+        )
+        out_proj: Linear | Int8Linear = self.out_proj  # type: ignore[assignment]
+        return out_proj.fused(heads.flatten(1), residual=residual)
+
     def _attend(
         self,
         query: Tensor,
@@ -146,26 +166,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """What goes into the output projection, in query's layout, and the weights by head."""
         self._check(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
-            raise RuntimeError(
-                "pybigmodel.nn.MultiheadAttention: attn_mask must be given with is_causal, which "
-                "is a hint that it is the causal one (torch.nn.Transformer."
-                "generate_square_subsequent_mask makes it); got None"
+            raise _error(
+                "attn_mask must be given with is_causal, a hint that it is the causal one "
+                "(torch.nn.Transformer.generate_square_subsequent_mask makes it); got None"
             )
         batched = query.dim() == 3
         to_heads, back = _layouts(batched, self.batch_first)
         q, k, v = (to_heads(t) for t in self._projected(query, key, value))
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        extra = (self.bias_k is not None) + self.add_zero_attn
-        causal = is_causal and not need_weights
-        if causal and key_padding_mask is not None:
-            causal = extra == 0 and hides_the_future(attn_mask, q.shape[2], k.shape[2])
+        causal = is_causal and key_padding_mask is None and not need_weights
         mask = merged(
             None if causal else attn_mask,
             key_padding_mask,
             batch=q.shape[0],
             heads=self.num_heads,
-            extra=extra,
+            extra=(self.bias_k is not None) + self.add_zero_attn,
             dtype=q.dtype,
         )
         k, v = self._extended(k, self.bias_k), self._extended(v, self.bias_v)
@@ -179,7 +195,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             v,
             attn_mask=mask,
             causal=causal,
-            causal_align="top_left",
+            causal_align="top_left",  # as torch's hint means it, extra keys included
             dropout_p=dropout_p,
             precision="bf16" if self._precision else None,
         )
@@ -286,12 +302,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def forget_packed(self) -> None:
         """Drop the packed copies of the weights; the next call makes them again."""
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             forget(self._parameters.get(name))
-        self._met = {name: {} for name in _WEIGHTS}
+        self._met = {name: {} for name in WEIGHTS}
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
-        if name in _WEIGHTS:
+        if name in WEIGHTS:
             self.forget_packed()
         super().register_parameter(name, param)
 

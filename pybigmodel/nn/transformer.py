@@ -262,7 +262,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             src_key_padding_mask is None
             or mask is not None
             or not torch.backends.mha.get_fastpath_enabled()
-            or not self.use_nested_tensor
+            or not getattr(self, "use_nested_tensor", False)  # an old pickle's
             or first.training
             or src.dim() != 3
             or src.is_nested
@@ -275,13 +275,15 @@ class TransformerEncoder(nn.TransformerEncoder):
         ):
             return None
         padding = src_key_padding_mask != 0  # torch takes a float mask so too
-        if self.mask_check and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+        if getattr(self, "mask_check", True) and bool((padding[:, :-1] & ~padding[:, 1:]).any()):
             return None
         return padding
 
     def _without(self, padding: Tensor, src: Tensor) -> Tensor:
         if all(
-            type(layer) is TransformerEncoderLayer and layer._attends_in_one_pass()
+            type(layer) is TransformerEncoderLayer
+            and not _hooked(layer)
+            and layer._attends_in_one_pass()
             for layer in self.layers
         ):
             seen = ~padding
@@ -390,6 +392,7 @@ def _adopt(layer: nn.Module, precision: Precision) -> None:
         if attention is not None:
             attention.__class__ = MultiheadAttention
             attention._set_up(precision)
+            attention.out_proj = Linear.from_linear(attention.out_proj, precision=precision)
 
 
 def _is_causal(mask: Tensor | None, is_causal: bool | None, x: Tensor, batch_first: bool) -> bool:
@@ -401,12 +404,12 @@ def _is_causal(mask: Tensor | None, is_causal: bool | None, x: Tensor, batch_fir
 
 def _fed(layer: Any, block: Callable[..., Tensor], last: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """x + the feed-forward block of y."""
-    activation = _activation_of(layer.activation)
-    if activation is not None and _in_one_pass(
-        layer._ff_block, block, layer.linear1, layer.dropout, layer.linear2, last
-    ):
-        inner = layer.linear1.fused(y, activation=activation)
-        return layer.linear2.fused(inner, residual=x)  # type: ignore[no-any-return]
+    first, second = layer.linear1, layer.linear2
+    if _in_one_pass(layer._ff_block, block, first, layer.dropout, second, last):
+        activation = _activation_of(layer.activation)
+        if activation is not None:
+            inner = first.fused(y, activation=activation)
+            return second.fused(inner, residual=x)  # type: ignore[no-any-return]
     return x + layer._ff_block(y)
 
 

@@ -44,24 +44,21 @@ def product(
     *,
     rows: Rows = (0, None),
     activation: Activation = "none",
-    residual: Tensor | None = None,
 ) -> Tensor:
-    """``act(x·Wᵀ + b) + r`` with these rows of a weight, in one pass where nothing is recorded.
+    """``act(x·Wᵀ + b)`` with these rows of a weight, in one pass where nothing is recorded.
 
     weight is a Parameter, or what stands in its place; bias is that of the rows; met is the layer's
     own, one for each weight.
     """
     if is_traced(input):
         y = _traced(input, weight, bias, precision, rows)
-        return epilogue(y, activation, residual)
+        return activated(y, activation)
     if forward_ad._current_level >= 0:
-        refuse_forward_mode(
-            f"pybigmodel.nn.{layer}", input=input, weight=weight, bias=bias, residual=residual
-        )
+        refuse_forward_mode(f"pybigmodel.nn.{layer}", input=input, weight=weight, bias=bias)
     try:
         if not cacheable(weight):
             y = _linear(input, _part(weight, rows), bias, precision)
-        elif wants_gradient(input, weight, bias, residual):
+        elif wants_gradient(input, weight, bias):
             y = _with_gradient(input, weight, bias, precision, met, rows)
         elif torch.is_autocast_enabled("cpu"):
             y = linear_under_autocast(linear_as_packed, input, weight, bias, precision, *rows)
@@ -70,13 +67,13 @@ def product(
         else:
             copy = packed_rows(weight, precision, *rows)
             n, code = rows_of(weight, *rows), activation_code(activation)
-            y = _linear_packed(input, copy, n, bias, residual, code)
+            y = _linear_packed(input, copy, n, bias, None, code)
             return y
     except ForwardModeError:
         raise
     except NotImplementedError as error:
         raise no_kernel(layer, advice(layer), input=input, weight=weight, bias=bias) from error
-    return epilogue(y, activation, residual)
+    return activated(y, activation)
 
 
 def advice(layer: str) -> str:
@@ -97,11 +94,9 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def epilogue(y: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
+def activated(y: Tensor, activation: Activation) -> Tensor:
     """What the ops for inference do to their accumulators, by torch's ops."""
-    if activation != "none":
-        y = ACTIVATION_FUNCTIONS[activation](y)
-    return y if residual is None else residual + y
+    return y if activation == "none" else ACTIVATION_FUNCTIONS[activation](y)
 
 
 def _part(weight: Tensor, rows: Rows) -> Tensor:

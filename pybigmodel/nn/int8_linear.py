@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pybigmodel._torch_private import applied, forward_ad
-from pybigmodel.nn._product import epilogue, wants_gradient
+from pybigmodel.nn._product import activated, wants_gradient
 from pybigmodel.ops import pack_int8_linear_weight, quantize_weight
 from pybigmodel.ops._checks import MAX_INT8_K, PANEL
 from pybigmodel.ops._common import (
@@ -129,32 +129,25 @@ class Int8Linear(torch.nn.Module):
         return self.weight * self.weight_scale.unsqueeze(1)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._run(input, None, 0)
+        return self._run(input, 0)
 
-    def fused(
-        self,
-        input: Tensor,
-        *,
-        activation: Activation = "none",
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``act(y) + r`` of the layer's y, in one pass where no gradient is wanted; calls no hooks.
+    def with_activation(self, input: Tensor, activation: Activation) -> Tensor:
+        """``act(y)`` of the layer's y, in one pass where no gradient is wanted; calls no hooks.
 
         Args:
             input: as for the layer.
             activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
-            residual: the output's shape and dtype, added last.
         """
-        if wants_gradient(input, residual) or torch.is_autocast_enabled(input.device.type):
-            return epilogue(self.forward(input), activation, residual)
-        return self._run(input, residual, activation_code(activation))
+        if wants_gradient(input):
+            return activated(self.forward(input), activation)
+        return self._run(input, activation_code(activation))
 
-    def _run(self, input: Tensor, residual: Tensor | None, activation: int) -> Tensor:
+    def _run(self, input: Tensor, activation: int) -> Tensor:
         # Python's part is short and reads no properties; Dynamo follows it.
         buffers: dict[str, Any] = self._buffers
         y: Tensor
         if forward_ad._current_level >= 0:
-            refuse_forward_mode("pybigmodel.nn.Int8Linear", input=input, residual=residual)
+            refuse_forward_mode("pybigmodel.nn.Int8Linear", input=input)
         # The packed weight knows its width to 4 only. torch.fx comes with a proxy, which has none.
         if isinstance(input, Tensor) and not has_width(input, self.in_features):
             raise RuntimeError(
@@ -167,9 +160,9 @@ class Int8Linear(torch.nn.Module):
         packed, scale, bias = (buffers[name] for name in ("packed_weight", "weight_scale", "bias"))
         try:
             if self.weight_only:
-                y = _int8_weight_only_linear(input, packed, scale, bias, residual, activation)
+                y = _int8_weight_only_linear(input, packed, scale, bias, None, activation)
             else:
-                y = _int8_linear(input, packed, scale, bias, residual, activation, self.symmetric)
+                y = _int8_linear(input, packed, scale, bias, None, activation, self.symmetric)
         except NotImplementedError as error:
             advice = "leave such layers out of pbm.optimize"
             raise no_kernel("Int8Linear", advice, input=input, **buffers) from error

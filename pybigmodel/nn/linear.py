@@ -139,29 +139,16 @@ class Linear(torch.nn.Linear):
             vars(self)["_packed"] = entry_of(weight)  # what assigning does, in a tenth of the time
         return y
 
-    def fused(
-        self,
-        input: Tensor,
-        *,
-        activation: Activation = "none",
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``act(x·Wᵀ + b) + r``, in one pass where no gradient is wanted; calls no hooks.
+    def with_activation(self, input: Tensor, activation: Activation) -> Tensor:
+        """``act(x·Wᵀ + b)``, in one pass where no gradient is wanted; calls no hooks.
 
         Args:
             input: as for the layer.
             activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
-            residual: the output's shape and dtype, added last.
         """
+        weight, bias, met = self.weight, self.bias, self._met
         return product(
-            "Linear",
-            input,
-            self.weight,
-            self.bias,
-            self._precision,
-            self._met,
-            activation=activation,
-            residual=residual,
+            "Linear", input, weight, bias, self._precision, met, activation=activation
         )
 
     def forget_packed(self) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from pybigmodel.nn._masks import merged
 from pybigmodel.nn._packing import forget
 from pybigmodel.nn._product import Met, product
-from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
 from pybigmodel.ops._checks import name_of
 from pybigmodel.ops._common import PRECISIONS, Precision, precision_code
@@ -121,25 +120,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weights.mean(-3)
         return self.out_proj(heads), weights
 
-    def added_to(
-        self,
-        residual: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """``residual`` plus the layer's output, in one pass where no gradient is wanted; calls no
-        hooks, and out_proj must be one of this library's."""
-        heads, _ = self._attend(query, key, value, key_padding_mask, False, attn_mask, is_causal)
-        out_proj: Linear | Int8Linear = self.out_proj  # type: ignore[assignment]
-        return out_proj.fused(heads, residual=residual)
+    def packed(self, x: Tensor, starts: Tensor) -> Tensor:
+        """Self-attention of sequences that lie end to end; no weights, no masks, no hooks.
 
-    def added_to_packed(self, residual: Tensor, x: Tensor, starts: Tensor) -> Tensor:
-        """:meth:`added_to` for self-attention of sequences that lie end to end: (T, E), and where
-        each starts."""
+        Args:
+            x: (T, embed_dim).
+            starts: (sequences + 1,) int64, where each sequence starts, and T.
+        """
         q, k, v = self._projected(x, x, x)
         heads = attention_varlen(
             q,
@@ -150,8 +137,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             precision="bf16" if self._precision else None,
         )
-        out_proj: Linear | Int8Linear = self.out_proj  # type: ignore[assignment]
-        return out_proj.fused(heads.flatten(1), residual=residual)
+        return self.out_proj(heads.flatten(1))
 
     def _attend(
         self,

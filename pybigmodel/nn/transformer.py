@@ -25,7 +25,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     ``x = norm1(x + attention(x)); y = norm2(x + linear2(act(linear1(x))))``, with ``norm_first``
     ``x = x + attention(norm1(x)); y = x + linear2(act(linear1(norm2(x))))``. The attention is a
     :class:`pybigmodel.nn.MultiheadAttention`, the linear layers are :class:`pybigmodel.nn.Linear`.
-    Where no gradient is wanted, a relu, gelu or silu and the sums are done within the products.
+    Where no gradient is wanted, a relu, gelu or silu is done within the product of linear1.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
@@ -79,55 +79,52 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.is_nested:
             return self._of_nested(src, src_mask, src_key_padding_mask)
 
-        def attended(x: Tensor, y: Tensor) -> Tensor:
-            if self._attends_in_one_pass():
-                attention: MultiheadAttention = self.self_attn  # type: ignore[assignment]
-                return attention.added_to(x, y, y, y, src_key_padding_mask, src_mask, is_causal)
-            return x + self._sa_block(y, src_mask, src_key_padding_mask, is_causal=is_causal)
-
-        return self._run(src, attended)
+        return self._run(
+            src,
+            lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal),
+        )
 
     def packed(self, x: Tensor, starts: Tensor) -> Tensor:
-        """The layer for sequences that lie end to end, (T, E), and where each starts, int64
-        (sequences + 1,). For inference: nothing is dropped, and no hook of self_attn is called."""
+        """The layer for sequences that lie end to end: see :meth:`MultiheadAttention.packed`."""
         attention: MultiheadAttention = self.self_attn  # type: ignore[assignment]
-        return self._run(x, lambda x, y: attention.added_to_packed(x, y, starts))
+        return self._run(x, lambda x: self.dropout1(attention.packed(x, starts)))
 
-    def _run(self, x: Tensor, attended: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """attended(x, y) is x + attention(y)."""
+    def _run(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_first:
-            x = attended(x, self.norm1(x))
-            return self._fed(x, self.norm2(x))
-        x = self.norm1(attended(x, x))
-        return self.norm2(self._fed(x, x))
+            x = x + attention(self.norm1(x))
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + attention(x))
+        return self.norm2(x + self._ff_block(x))
 
-    def _attends_in_one_pass(self) -> bool:
-        block = nn.TransformerEncoderLayer._sa_block
-        return _in_one_pass(self._sa_block, block, self.self_attn, self.dropout1)
+    def _ff_block(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear2(self.dropout(_activated(self, x)))
+        return self.dropout2(y)
 
-    def _fed(self, x: Tensor, y: Tensor) -> Tensor:
-        return _fed(self, nn.TransformerEncoderLayer._ff_block, self.dropout2, x, y)
+    def _packs(self) -> bool:
+        """Whether `packed` leaves out nothing that would be called."""
+        attention = self.self_attn
+        return (
+            type(attention) is MultiheadAttention
+            and attention.batch_first
+            and not _hooked(attention)
+            and type(self)._sa_block is nn.TransformerEncoderLayer._sa_block
+        )
 
     def _of_nested(
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None
     ) -> Tensor:
-        if (
-            src.layout is not torch.strided
-            or src_mask is not None
-            or src_key_padding_mask is not None
-            or not self._attends_in_one_pass()
-        ):
+        masked = src_mask is not None or src_key_padding_mask is not None
+        if masked or src.layout is not torch.strided or not self._packs():
             raise RuntimeError(
-                "pybigmodel.nn.TransformerEncoderLayer: src may be nested in inference only, "
-                "without masks, hooks and autocast, of layout torch.strided; got layout "
-                f"{src.layout}: pad it and pass src_key_padding_mask"
+                "pybigmodel.nn.TransformerEncoderLayer: src may be nested only where torch's fast "
+                "path takes it (batch_first, layout torch.strided, no masks, no hooks on "
+                f"self_attn), got layout {src.layout}: pad it and pass src_key_padding_mask"
             )
         sequences = src.unbind()
         lengths = [sequence.shape[0] for sequence in sequences]
         starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-        return torch.nested.as_nested_tensor(
-            list(self.packed(torch.cat(sequences), starts).split(lengths))
-        )
+        y = self.packed(torch.cat(sequences), starts)
+        return torch.nested.as_nested_tensor(list(y.split(lengths)))
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -169,54 +166,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         )
         _adopt(self, precision)
 
-    def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None,
-        tgt_is_causal: bool = False,
-        memory_is_causal: bool = False,
-    ) -> Tensor:
-        of_tgt = tgt_mask, tgt_key_padding_mask, tgt_is_causal
-        of_memory = memory_mask, memory_key_padding_mask, memory_is_causal
-        x = tgt
-        if self.norm_first:
-            x = self._with_self_attention(x, self.norm1(x), *of_tgt)
-            x = self._with_attention(x, self.norm2(x), memory, *of_memory)
-            return self._fed(x, self.norm3(x))
-        x = self.norm1(self._with_self_attention(x, x, *of_tgt))
-        x = self.norm2(self._with_attention(x, x, memory, *of_memory))
-        return self.norm3(self._fed(x, x))
-
-    def _with_self_attention(
-        self, x: Tensor, y: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        block = nn.TransformerDecoderLayer._sa_block
-        if _in_one_pass(self._sa_block, block, self.self_attn, self.dropout1):
-            attention: MultiheadAttention = self.self_attn  # type: ignore[assignment]
-            return attention.added_to(x, y, y, y, padding, mask, is_causal)
-        return x + self._sa_block(y, mask, padding, is_causal)
-
-    def _with_attention(
-        self,
-        x: Tensor,
-        y: Tensor,
-        memory: Tensor,
-        mask: Tensor | None,
-        padding: Tensor | None,
-        is_causal: bool,
-    ) -> Tensor:
-        block = nn.TransformerDecoderLayer._mha_block
-        if _in_one_pass(self._mha_block, block, self.multihead_attn, self.dropout2):
-            attention: MultiheadAttention = self.multihead_attn  # type: ignore[assignment]
-            return attention.added_to(x, y, memory, memory, padding, mask, is_causal)
-        return x + self._mha_block(y, memory, mask, padding, is_causal)
-
-    def _fed(self, x: Tensor, y: Tensor) -> Tensor:
-        return _fed(self, nn.TransformerDecoderLayer._ff_block, self.dropout3, x, y)
+    def _ff_block(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear2(self.dropout(_activated(self, x)))
+        return self.dropout3(y)
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -281,9 +233,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     def _without(self, padding: Tensor, src: Tensor) -> Tensor:
         if all(
-            type(layer) is TransformerEncoderLayer
-            and not _hooked(layer)
-            and layer._attends_in_one_pass()
+            type(layer) is TransformerEncoderLayer and not _hooked(layer) and layer._packs()
             for layer in self.layers
         ):
             seen = ~padding
@@ -402,15 +352,18 @@ def _is_causal(mask: Tensor | None, is_causal: bool | None, x: Tensor, batch_fir
     return hides_the_future(mask, x.shape[1 if batch_first and x.dim() == 3 else 0])
 
 
-def _fed(layer: Any, block: Callable[..., Tensor], last: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """x + the feed-forward block of y."""
-    first, second = layer.linear1, layer.linear2
-    if _in_one_pass(layer._ff_block, block, first, layer.dropout, second, last):
+def _activated(layer: Any, x: Tensor) -> Tensor:
+    """The activation of linear1, in one pass where both are known and nobody looks on."""
+    first = layer.linear1
+    if (
+        type(first) in (Linear, Int8Linear)
+        and not torch.compiler.is_compiling()
+        and not _hooked(first)
+    ):
         activation = _activation_of(layer.activation)
         if activation is not None:
-            inner = first.fused(y, activation=activation)
-            return second.fused(inner, residual=x)  # type: ignore[no-any-return]
-    return x + layer._ff_block(y)
+            return first.with_activation(x, activation)  # type: ignore[no-any-return]
+    return layer.activation(first(x))  # type: ignore[no-any-return]
 
 
 _ACTIVATIONS: dict[Any, Activation] = {
@@ -432,30 +385,6 @@ def _activation_of(function: Any) -> Activation | None:
     if type(function) is nn.GELU:
         return "gelu" if function.approximate == "none" else "gelu_tanh"
     return _ACTIVATIONS.get(type(function))
-
-
-def _in_one_pass(
-    block: Callable[..., Tensor], of_torch: Callable[..., Tensor], *modules: nn.Module
-) -> bool:
-    """Whether a block is as torch has it, and its modules may be computed together."""
-    return (
-        not torch.compiler.is_compiling()
-        and not autocast_enabled()
-        and getattr(block, "__func__", None) is of_torch
-        and all(map(_is_plain, modules))
-    )
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Of a class that is known here, and nobody sees whether it is called."""
-    if _hooked(module):
-        return False
-    kind = type(module)
-    if kind is nn.Dropout:
-        return not module.training or module.p == 0
-    if kind is MultiheadAttention:
-        return _is_plain(module.out_proj)
-    return kind in (Linear, Int8Linear)
 
 
 def _hooked(module: nn.Module) -> bool:

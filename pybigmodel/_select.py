@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class _Reasons:
             return contents
         for name in self._names[module]:
             parent, _, child = name.rpartition(".")
-            reader = self._modules[parent] if name else None
+            reader: Any = self._modules[parent] if name else None
             reason = _why_read(reader, child, module)
             if reason is not None and (reader not in self._names or self.of(reader) is not None):
                 return reason
@@ -157,7 +157,8 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
     if is_parametrized(module):
         return "parametrized: its weight is computed anew at each call"
     if kind not in (nn.Linear, NonDynamicallyQuantizableLinear, *BLOCKS):
-        base = next(base for base in (nn.Linear, *BLOCKS) if isinstance(module, base))
+        bases: tuple[type[nn.Module], ...] = (nn.Linear, *BLOCKS)
+        base = next(base for base in bases if isinstance(module, base))
         return f"a subclass of torch.nn.{base.__name__}, {kind.__module__}.{kind.__qualname__}"
     if "forward" in vars(module):
         return "its forward is replaced on the instance"

@@ -8,6 +8,7 @@ classes in the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,9 @@ CLASS, ORIGINAL = "_class_of_torch", "_original"
 _OWN = ("_packed", "_met", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL)
 
 
-def replacement(module: nn.Module, precision: str, inner: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def replacement(
+    module: nn.Module, precision: str, inner: Mapping[nn.Module, nn.Module]
+) -> nn.Module:
     """What the layer becomes, on the same Parameters, with `inner` for what it contains.
 
     Raises:
@@ -86,7 +89,7 @@ def _exchanged(module: nn.Module, inner: Mapping[nn.Module, nn.Module]) -> nn.Mo
 
 def become(module: nn.Module, new: nn.Module, keep_original: bool) -> None:
     """Turn `module` into what `new` is, which is its `replacement`; what it contains stays."""
-    state = {CLASS: type(module)}
+    state: dict[str, Any] = {CLASS: type(module)}
     if isinstance(new, Int8Linear):
         state[ORIGINAL] = _shell(module)
     kept = _KEPT if isinstance(module, nn.Linear) else vars(module)

@@ -67,8 +67,8 @@ def product(
         else:
             copy = packed_rows(weight, precision, *rows)
             n, code = rows_of(weight, *rows), activation_code(activation)
-            y = _linear_packed(input, copy, n, bias, None, code)
-            return y
+            in_one_pass: Tensor = _linear_packed(input, copy, n, bias, None, code)
+            return in_one_pass
     except ForwardModeError:
         raise
     except NotImplementedError as error:

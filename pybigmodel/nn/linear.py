@@ -147,9 +147,7 @@ class Linear(torch.nn.Linear):
             activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
         """
         weight, bias, met = self.weight, self.bias, self._met
-        return product(
-            "Linear", input, weight, bias, self._precision, met, activation=activation
-        )
+        return product("Linear", input, weight, bias, self._precision, met, activation=activation)
 
     def forget_packed(self) -> None:
         """Drop the packed copy of the weight; the next call makes it again."""
@@ -182,4 +180,3 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision!r}"
-

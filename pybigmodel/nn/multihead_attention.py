@@ -24,9 +24,9 @@ WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Drop-in for :class:`torch.nn.MultiheadAttention`, in inference and in training.
 
-    ``concat_h(softmax(q_h·k_hᵀ/√D + mask)·v_h)·W_oᵀ + b_o`` with ``q = query·W_qᵀ + b_q`` and so on,
-    cut into heads of D columns. The weights of attention exist in memory only where they are asked
-    for; projections use packed copies of their weights as :class:`pybigmodel.nn.Linear` does.
+    ``concat_h(softmax(q_h·k_hᵀ/√D + mask)·v_h)·W_oᵀ + b_o`` with ``q = query·W_qᵀ + b_q`` and so
+    on, cut into heads of D columns. The weights of attention exist in memory only where they are
+    asked for; projections use packed copies of their weights as :class:`pybigmodel.nn.Linear` does.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
@@ -128,7 +128,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             starts: (sequences + 1,) int64, where each sequence starts, and T.
         """
         q, k, v = self._projected(x, x, x)
-        heads = attention_varlen(
+        heads: Any = attention_varlen(
             q,
             k,
             v,
@@ -137,7 +137,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
             precision="bf16" if self._precision else None,
         )
-        return self.out_proj(heads.flatten(1))
+        y: Tensor = self.out_proj(heads.flatten(1))
+        return y
 
     def _attend(
         self,
@@ -173,9 +174,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         k, v = self._extended(k, self.bias_k), self._extended(v, self.bias_v)
         dropout_p = self.dropout if self.training else 0.0
         if need_weights:
-            out, weights = _attention_with_weights(q, k, v, mask, dropout_p)
-            return back(out), weights if batched else weights.squeeze(0)
-        out = attention(
+            heads, weights = _attention_with_weights(q, k, v, mask, dropout_p)
+            return back(heads), weights if batched else weights.squeeze(0)
+        out: Any = attention(
             q,
             k,
             v,
@@ -272,17 +273,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"value must have key's length and batch, got {tuple(value.shape)} beside "
                 f"{tuple(key.shape)}"
             )
-        at_batch, at_length = (0, 1) if self.batch_first else (1, 0)
-        batch = (query.shape[at_batch],) if dim == 3 else ()
-        if dim == 3 and key.shape[at_batch] != batch[0]:
+        at_length = 1 if self.batch_first and dim == 3 else 0
+        batch = [x.shape[1 - at_length] for x in (query, key)] if dim == 3 else [1, 1]
+        if batch[0] != batch[1]:
             raise _error(f"key must have query's batch of {batch[0]}, got {tuple(key.shape)}")
-        lengths = [x.shape[at_length if dim == 3 else 0] for x in (query, key)]
+        lengths = query.shape[at_length], key.shape[at_length]
         if key_padding_mask is not None:
-            _check_mask("key_padding_mask", key_padding_mask, (*batch, lengths[1]))
+            expected = (batch[0], lengths[1]) if dim == 3 else lengths[1:]
+            _check_mask("key_padding_mask", key_padding_mask, expected)
         if attn_mask is not None:
-            by_head = (self.num_heads * (batch[0] if batch else 1),)
-            shape = by_head if attn_mask.dim() == 3 else ()
-            _check_mask("attn_mask", attn_mask, (*shape, *lengths))
+            by_head = (batch[0] * self.num_heads,) if attn_mask.dim() == 3 else ()
+            _check_mask("attn_mask", attn_mask, (*by_head, *lengths))
 
     # --- packed copies: as in Linear -------------------------------------------------------------
 

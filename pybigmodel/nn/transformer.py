@@ -94,11 +94,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             x = x + attention(self.norm1(x))
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + attention(x))
-        return self.norm2(x + self._ff_block(x))
+        y: Tensor = self.norm2(x + self._ff_block(x))
+        return y
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear2(self.dropout(_activated(self, x)))
-        return self.dropout2(y)
+        y: Tensor = self.dropout2(self.linear2(self.dropout(_activated(self, x))))
+        return y
 
     def _packs(self) -> bool:
         """Whether `packed` leaves out nothing that would be called."""
@@ -130,9 +131,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Drop-in for :class:`torch.nn.TransformerDecoderLayer`, in inference and in training.
 
-    Self-attention, attention to the memory, and linear layers, each added to what it is of and
-    normalised after (or, with ``norm_first``, before), as in torch's. Arguments, numerics and errors
-    are those of :class:`TransformerEncoderLayer`.
+    Self-attention, attention to the memory and linear layers, each added to its input and
+    normalised after it (or, with ``norm_first``, before), as in torch's. Arguments, numerics and
+    errors are those of :class:`TransformerEncoderLayer`.
     """
 
     def __init__(
@@ -167,8 +168,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         _adopt(self, precision)
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear2(self.dropout(_activated(self, x)))
-        return self.dropout3(y)
+        y: Tensor = self.dropout3(self.linear2(self.dropout(_activated(self, x))))
+        return y
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -319,11 +320,11 @@ class Transformer(nn.Transformer):
 
         # In torch's order, so that a seed gives the same weights.
         if custom_encoder is None:
-            layer = TransformerEncoderLayer(*width, *options, precision=precision)
-            custom_encoder = TransformerEncoder(layer, num_encoder_layers, norm())
+            of_encoder = TransformerEncoderLayer(*width, *options, precision=precision)
+            custom_encoder = TransformerEncoder(of_encoder, num_encoder_layers, norm())
         if custom_decoder is None:
-            layer = TransformerDecoderLayer(*width, *options, precision=precision)
-            custom_decoder = TransformerDecoder(layer, num_decoder_layers, norm())
+            of_decoder = TransformerDecoderLayer(*width, *options, precision=precision)
+            custom_decoder = TransformerDecoder(of_decoder, num_decoder_layers, norm())
         super().__init__(
             d_model,
             nhead,
@@ -333,7 +334,7 @@ class Transformer(nn.Transformer):
         )
 
 
-def _adopt(layer: nn.Module, precision: Precision) -> None:
+def _adopt(layer: Any, precision: Precision) -> None:
     """Turn what torch's constructor made into this library's."""
     for name in ("linear1", "linear2"):
         setattr(layer, name, Linear.from_linear(getattr(layer, name), precision=precision))

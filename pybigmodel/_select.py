@@ -97,16 +97,17 @@ class _Reasons:
 
     def _contents(self, module: nn.Module) -> str | None:
         """What speaks against the layer for itself and for what it needs."""
-        reason = self._own.get(module)
-        if reason is None and isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
-            if all(self._stays(layer) for layer in module.layers):
-                reason = "none of its layers is replaced"
-        elif reason is None and type(module) in BLOCKS:
+        if module in self._own:
+            return self._own[module]
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+            none = all(self._stays(layer) for layer in module.layers)
+            return "none of its layers is replaced" if none else None
+        if type(module) in BLOCKS:
             for name in ("self_attn", "multihead_attn"):
                 attention = module._modules.get(name)
                 if attention is not None and self._stays(attention):
-                    reason = f"its {name} stays"
-        return reason
+                    return f"its {name} stays"
+        return None
 
     def _stays(self, module: nn.Module) -> bool:
         if isinstance(module, _OURS):

@@ -107,9 +107,6 @@ def test_the_same_results_and_all_of_it_put_back(make, precision, training, x) -
     assert dict(model.named_modules()) == modules  # the same objects
     assert {row.left for row in pbm.report(model)} == {None}
     assert all(row.replaced_by for row in pbm.report(model))
-    swapped = {
-        kind.__name__ for kind in kinds(model).values() if kind.__module__.startswith("pybigmodel")
-    }
     assert not {nn.Linear, nn.MultiheadAttention} & set(kinds(model).values())
     assert ("Int8Linear" in ours_in(model)) == (precision == "int8")
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pybigmodel._torch_private import transforms_active
 from pybigmodel.nn._masks import merged
 from pybigmodel.nn._packing import forget
 from pybigmodel.nn._product import Met, product
@@ -347,16 +348,38 @@ def _attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """Attention by torch's ops, since the weights have to exist."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is None:
-        weights = scores.softmax(-1)
+    recorded = scores.requires_grad or (mask is not None and mask.requires_grad)
+    if recorded or torch.compiler.is_compiling() or transforms_active():
+        weights = _weights(scores, mask)
     else:
-        if mask.dtype == torch.bool:
-            empty = ~mask.any(-1, keepdim=True)
-            scores = scores.masked_fill(~mask, -torch.inf)
-        else:
-            empty = (mask == -torch.inf).all(-1, keepdim=True)
-            scores = scores + mask.to(scores.dtype)
-        # Neither forward nor backward may meet a row of −inf.
-        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+        weights = _weights_in_place(scores, mask)
     weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
     return weights @ v, weights
+
+
+def _weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores.softmax(-1)
+    empty = _empty_rows(mask)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    else:
+        scores = scores + mask.to(scores.dtype)
+    # Neither forward nor backward may meet a row of −inf.
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+
+
+def _weights_in_place(scores: Tensor, mask: Tensor | None) -> Tensor:
+    # Each further matrix of this size is new memory from the system, whose page faults took as long
+    # as everything else at 512 keys.
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    elif mask is not None:
+        scores.add_(mask)
+    weights = torch.softmax(scores, -1, out=scores)
+    return weights if mask is None else weights.masked_fill_(_empty_rows(mask), 0)
+
+
+def _empty_rows(mask: Tensor) -> Tensor:
+    hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+    return hidden.all(-1, keepdim=True)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 
 from pybigmodel import _native
 from pybigmodel._console import OtherLoad
+from pybigmodel._swap import with_inner
 from pybigmodel.testing.timers import interleave
 
 # Several shapes of one layer are timed (a decoder's prefill and steps, say), but not every length.
 MAX_SHAPES = 3
 ROUNDS, MORE_ROUNDS = 5, 12  # MORE where the first leave doubt
 
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass
 class Trial:
-    """One layer and its replacement, over the calls of one run of the model."""
+    """A layer, or what contains some, and its replacement, over the calls of one run of the
+    model."""
 
     original: nn.Module
     candidate: nn.Module
@@ -53,7 +58,13 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
     try:
         for trial in trials.values():
             hooks.append(_try_when_called(trial, known))
-        with eval_mode(model), torch.no_grad():
+        with ExitStack() as modes:
+            for module in (model, *(trial.candidate for trial in trials.values())):
+                modes.enter_context(eval_mode(module))
+            # Where a transformer layer has a hook, torch's fast path around it would hand it a
+            # nested tensor, which only the layer's own fast path takes.
+            modes.enter_context(_fast_path(False))
+            modes.enter_context(torch.no_grad())
             model(*args, **kwargs)
     finally:
         for hook in hooks:
@@ -63,6 +74,16 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
         trial.other_load = cores
         if trial.compared is False and trial.failure is None:
             trial.failure = "nothing finite and non-zero to compare on example_inputs"
+
+
+@contextmanager
+def _fast_path(enabled: bool) -> Iterator[None]:
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -95,28 +116,45 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def _try_when_called(
     trial: Trial, known: dict[tuple[object, ...], tuple[float, float]]
 ) -> torch.utils.hooks.RemovableHandle:
+    fast_path = mha.get_fastpath_enabled()
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        x = args[0] if args else kwargs["input"]
-        if trial.failure is None:
-            _compare(trial, x)
-        if trial.failure is None and trial.compared:
-            _time(trial, x, known)
+        if trial.failure is not None:
+            return
+        # A transformer layer with a hook, as this one, does not take its fast path.
+        this = module._forward_hooks.pop(handle.id)
+        try:
+            with _fast_path(fast_path):
+                _compare(trial, (args, kwargs))
+                if trial.failure is None and trial.compared:
+                    _time(trial, (args, kwargs), known)
+        finally:
+            module._forward_hooks[handle.id] = this
 
-    return trial.original.register_forward_hook(hook, with_kwargs=True)
+    handle = trial.original.register_forward_hook(hook, with_kwargs=True)
+    return handle
 
 
-def _compare(trial: Trial, x: Tensor) -> None:
-    expected = trial.original.forward(x)
+def _compare(trial: Trial, arguments: Arguments) -> None:
+    args, kwargs = arguments
+    expected = _tensors(trial.original.forward(*args, **kwargs))
     try:
-        got = trial.candidate.forward(x)
+        got = _tensors(trial.candidate.forward(*args, **kwargs))
     except (RuntimeError, NotImplementedError) as problem:
         trial.failure = f"the replacement fails on example_inputs: {problem}"
         return
-    if got.device.type == "cpu" and got.numel():  # else no kernel ran
+    of_one_kernel = isinstance(trial.original, nn.Linear)
+    if of_one_kernel and got[0].device.type == "cpu" and got[0].numel():  # else no kernel ran
         trial.kernel = _native.last_kernel()
-    trial.compared = bool(trial.compared) or _says_something(got, expected)
-    error, cosine = difference(got, expected)
-    trial.error, trial.cosine = max(trial.error, error), min(trial.cosine, cosine)
+    for y, y0 in zip(got, expected, strict=True):
+        trial.compared = bool(trial.compared) or _says_something(y, y0)
+        error, cosine = difference(y, y0)
+        trial.error, trial.cosine = max(trial.error, error), min(trial.cosine, cosine)
+
+
+def _tensors(output: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:
+    outputs = (output,) if isinstance(output, Tensor) else output
+    return [y for y in outputs if y is not None]
 
 
 def _says_something(got: Tensor, expected: Tensor) -> bool:
@@ -141,42 +179,72 @@ def difference(got: Tensor, expected: Tensor) -> tuple[float, float]:
     return float((y - y0).norm()) / norm0, cosine
 
 
-def _time(trial: Trial, x: Tensor, known: dict[tuple[object, ...], tuple[float, float]]) -> None:
-    shape = (tuple(x.shape), x.stride(), x.dtype)
+def _time(
+    trial: Trial, arguments: Arguments, known: dict[tuple[object, ...], tuple[float, float]]
+) -> None:
+    shape = _shape_of(arguments)
     if shape in trial.shapes or len(trial.shapes) == MAX_SHAPES:
         return
     trial.shapes.add(shape)
-    key = (str(trial.original), str(trial.candidate), shape)
+    original, candidate = _part_to_time(trial.original), _part_to_time(trial.candidate)
+    key = (str(original), str(candidate), shape)
     if key not in known:
-        known[key] = time_pair(trial.original, trial.candidate, x)
+        known[key] = time_pair(original, candidate, arguments)
     seconds = known[key]
     trial.seconds = trial.seconds[0] + seconds[0], trial.seconds[1] + seconds[1]
 
 
-def time_pair(original: nn.Module, candidate: nn.Module, x: Tensor) -> tuple[float, float]:
+def _shape_of(arguments: Arguments) -> tuple[object, ...]:
+    """What the time of a call depends on: tensors by shape, and which are the same."""
+    args, kwargs = arguments
+    shape: list[object] = []
+    seen: list[object] = []
+    for name, value in (*enumerate(args), *sorted(kwargs.items())):
+        if isinstance(value, Tensor):
+            same = next((at for at, other in enumerate(seen) if other is value), len(seen))
+            seen.append(value)
+            shape.append((name, tuple(value.shape), value.stride(), value.dtype, same))
+        else:
+            shape.append((name, repr(value)))
+    return tuple(shape)
+
+
+def _part_to_time(module: nn.Module) -> nn.Module:
+    """The first layer of a stack of equal ones, as a stack; others as they are."""
+    layers = module._modules.get("layers")
+    stack = isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder)
+    if not stack or not isinstance(layers, nn.ModuleList) or len(set(map(str, layers))) != 1:
+        return module
+    return with_inner(module, {layers: nn.ModuleList(layers[:1])})
+
+
+def time_pair(
+    original: nn.Module, candidate: nn.Module, arguments: Arguments
+) -> tuple[float, float]:
     """Seconds per call of both, in the ratio that is the median over rounds.
 
     Each round times one after the other, so that what slows both for longer than a round leaves its
     ratio alone, and what slows one spoils that round only. On a quiet machine it takes 0.2 s, or
-    0.6 s where that leaves doubt.
+    0.6 s where that leaves doubt; longer for calls of more than 10 ms.
     """
     load = OtherLoad()
-    originals, candidates = _rounds(original, candidate, x, ROUNDS)
+    originals, candidates = _rounds(original, candidate, arguments, ROUNDS)
     if load.cores() > OtherLoad.ENOUGH_TO_MATTER or _in_doubt(originals, candidates):
-        more = _rounds(original, candidate, x, MORE_ROUNDS)
+        more = _rounds(original, candidate, arguments, MORE_ROUNDS)
         originals, candidates = originals + more[0], candidates + more[1]
     seconds = statistics.median(candidates)
     return seconds * statistics.median(_ratios(originals, candidates)), seconds
 
 
 def _rounds(
-    original: nn.Module, candidate: nn.Module, x: Tensor, count: int
+    original: nn.Module, candidate: nn.Module, arguments: Arguments, count: int
 ) -> tuple[list[float], list[float]]:
     """Seconds per call of both, by round."""
+    args, kwargs = arguments
     timings = interleave(
         {
-            "original": [lambda: original.forward(x)],
-            "candidate": [lambda: candidate.forward(x)],
+            "original": [lambda: original.forward(*args, **kwargs)],
+            "candidate": [lambda: candidate.forward(*args, **kwargs)],
         },
         rounds=count,
         seconds=0.01,

@@ -102,7 +102,7 @@ class Report:
         after = sum(row.bytes_after for row in self.rows) / 1e6
         busy = max((row.other_load or 0.0 for row in self.rows), default=0.0)
         return (
-            f"{len(self.replaced)} of {len(self.rows)} linear layers replaced; weights of "
+            f"{len(self.replaced)} of {len(self.rows)} layers replaced; weights of "
             f"{after:.1f} MB in all the forms held, {before:.1f} MB before{load_note(busy)}"
         )
 

@@ -6,15 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from pybigmodel._swap import BLOCKS
 from pybigmodel._torch_private import has_kernel
 from pybigmodel.nn import Int8Linear, Linear
+from pybigmodel.nn.multihead_attention import MAX_HEAD_DIM, WEIGHTS
 from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K
 
 Selection: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
@@ -24,52 +26,130 @@ _OPS = {
     "bf16": ("linear", "linear_packed", "pack_linear_weight"),
     "int8": ("int8_linear", "pack_int8_linear_weight", "quantize_per_token"),
 }
+_OURS = (Linear, Int8Linear, *BLOCKS.values())
+# What torch.nn.TransformerEncoderLayer.forward reads without calling it, and how it is called here.
+_READ = {"linear1": "weight", "linear2": "weight", "self_attn": "weights"}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear layer; `left` is the reason for which it must stay, None if it may be replaced."""
+    """A layer; `left` is the reason for which it must stay, None if it may be replaced."""
 
     path: str
     module: nn.Module
     left: str | None
     selected: bool = True  # by include and exclude
+    # The outermost layers that contain it, or it, and may be replaced: with them it is, or stays.
+    units: tuple[str, ...] = ()
 
 
 def candidates(
     model: nn.Module, precision: str, include: Selection, exclude: Selection
 ) -> list[Candidate]:
-    """Every linear layer of the model, once, under the first of its names."""
+    """Every layer of a kind that is known here, once, under the first of its names."""
     modules = dict(model.named_modules(remove_duplicate=False))
     included = _Selector("include", include, modules)
     excluded = _Selector("exclude", exclude, modules)
     names: defaultdict[nn.Module, list[str]] = defaultdict(list)
     for name, module in modules.items():
-        if isinstance(module, nn.Linear | Int8Linear) or _is_conv1d(module):
+        kinds = (nn.Linear, Int8Linear, *BLOCKS)
+        if isinstance(module, kinds) or _is_conv1d(module):
             names[module].append(name)
     weights = _Weights(modules)
+    own, unselected = {}, {}
+    for module, known_as in names.items():
+        own[module] = _why_left(module, precision, weights)
+        if include is not None and not included.match(known_as):
+            unselected[module] = "not in include"
+        elif excluded.match(known_as):
+            unselected[module] = "in exclude"
+    left = _Reasons(modules, names, {**unselected, **{m: r for m, r in own.items() if r}})
     found = []
     for module, known_as in names.items():
-        left = _why_left(module, known_as, modules, precision, weights)
-        unselected = None
-        if include is not None and not included.match(known_as):
-            unselected = "not in include"
-        elif excluded.match(known_as):
-            unselected = "in exclude"
-        found.append(Candidate(known_as[0], module, left or unselected, unselected is None))
+        reason = left.of(module)
+        units = () if reason else left.units(known_as)
+        found.append(Candidate(known_as[0], module, reason, module not in unselected, units))
     return found
 
 
-def _why_left(
-    module: nn.Module,
-    names: Sequence[str],
-    modules: Mapping[str, nn.Module],
-    precision: str,
-    weights: _Weights,
-) -> str | None:
+class _Reasons:
+    """Why each layer stays, with what contains it and what it contains."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        names: Mapping[nn.Module, Sequence[str]],
+        own: Mapping[nn.Module, str],
+    ) -> None:
+        self._modules, self._names, self._own = modules, names, own
+
+    def of(self, module: nn.Module) -> str | None:
+        contents = self._contents(module)
+        if contents is not None:
+            return contents
+        for name in self._names[module]:
+            parent, _, child = name.rpartition(".")
+            reader: Any = self._modules[parent] if name else None
+            reason = _why_read(reader, child, module)
+            if reason is not None and (reader not in self._names or self.of(reader) is not None):
+                return reason
+        return None
+
+    def _contents(self, module: nn.Module) -> str | None:
+        """What speaks against the layer for itself and for what it needs."""
+        if module in self._own:
+            return self._own[module]
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+            none = all(self._stays(layer) for layer in module.layers)
+            return "none of its layers is replaced" if none else None
+        if type(module) in BLOCKS:
+            for name in ("self_attn", "multihead_attn"):
+                attention = module._modules.get(name)
+                if attention is not None and self._stays(attention):
+                    return f"its {name} stays"
+        return None
+
+    def _stays(self, module: nn.Module) -> bool:
+        if isinstance(module, _OURS):
+            return False
+        return type(module) not in BLOCKS or self._contents(module) is not None
+
+    def units(self, names: Sequence[str]) -> tuple[str, ...]:
+        units = (
+            next(
+                prefix
+                for prefix in _prefixes(name)
+                if prefix == name
+                or (type(self._modules[prefix]) in BLOCKS and not self.of(self._modules[prefix]))
+            )
+            for name in names
+        )
+        return tuple(dict.fromkeys(self._names[self._modules[unit]][0] for unit in units))
+
+
+def _why_read(reader: nn.Module | None, child: str, module: nn.Module) -> str | None:
+    """Why a layer has to stay while what contains it stays torch's."""
+    if isinstance(reader, _OURS):
+        return None
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "torch.nn.MultiheadAttention reads its weight and does not call it"
+    if (
+        isinstance(reader, nn.TransformerEncoderLayer)
+        and type(reader).forward is nn.TransformerEncoderLayer.forward
+        and child in _READ
+    ):
+        return (
+            f"torch.nn.TransformerEncoderLayer's fast path reads its {_READ[child]} and does not "
+            "call it"
+        )
+    return None
+
+
+def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | None:
+    """What speaks against a layer for itself alone."""
     # What the layer is, before what it holds: the weight of a layer of unknown kind says nothing.
     kind = type(module)
-    if isinstance(module, Linear | Int8Linear):
+    if isinstance(module, _OURS):
         return f"is a pybigmodel.nn.{kind.__name__} already"
     if _is_conv1d(module):
         return "transformers' Conv1D stores its weight transposed, which is not supported"
@@ -77,17 +157,39 @@ def _why_left(
         return "lazy: its size is not known before its first call"
     if is_parametrized(module):
         return "parametrized: its weight is computed anew at each call"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "torch.nn.MultiheadAttention reads its weight and does not call it"
-    if kind is not nn.Linear:
-        return f"a subclass of torch.nn.Linear, {kind.__module__}.{kind.__qualname__}"
+    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear, *BLOCKS):
+        bases: tuple[type[nn.Module], ...] = (nn.Linear, *BLOCKS)
+        base = next(base for base in bases if isinstance(module, base))
+        return f"a subclass of torch.nn.{base.__name__}, {kind.__module__}.{kind.__qualname__}"
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
-    if any(_feeds_fast_path(name, modules) for name in names):
-        return "torch.nn.TransformerEncoderLayer's fast path reads its weight and does not call it"
+    if isinstance(module, nn.MultiheadAttention):
+        return _why_attention_left(module, precision, weights)
+    if kind in BLOCKS:
+        return None
     if "weight" not in module._parameters or "bias" not in module._parameters:
         return "a hook computes its weight (weight_norm, spectral_norm, pruning)"
     return _why_weight_left(module._parameters["weight"], precision, weights)
+
+
+def _why_attention_left(
+    module: nn.MultiheadAttention, precision: str, weights: _Weights
+) -> str | None:
+    if module.head_dim > MAX_HEAD_DIM:
+        return f"its heads are wider than {MAX_HEAD_DIM}"
+    if not module._parameters.keys() >= {*WEIGHTS, "in_proj_bias"}:
+        return "a hook computes its weight (weight_norm, spectral_norm, pruning)"
+    own = "fp32" if precision == "int8" else precision
+    for name in WEIGHTS:
+        weight = module._parameters[name]
+        if weight is not None:
+            missing = _missing_op(weight.device.type, own, "attention")
+            if missing is not None:
+                return f"on device {weight.device}, for which there is no {missing}"
+            reason = _why_weight_left(weight, own, weights)
+            if reason is not None:
+                return reason
+    return None
 
 
 def _why_weight_left(weight: Tensor | None, precision: str, weights: _Weights) -> str | None:
@@ -123,19 +225,9 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-def _feeds_fast_path(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    parent, _, child = name.rpartition(".")
-    layer = modules[parent] if name else None
-    return (
-        isinstance(layer, nn.TransformerEncoderLayer)
-        and type(layer).forward is nn.TransformerEncoderLayer.forward
-        and child in ("linear1", "linear2")
-    )
-
-
-def _missing_op(device: str, precision: str) -> str | None:
+def _missing_op(device: str, precision: str, *others: str) -> str | None:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    for op in _OPS[precision]:
+    for op in (*_OPS[precision], *others):
         if key is None or not has_kernel(f"pybigmodel::{op}", key):
             return op
     return None

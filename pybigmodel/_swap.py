@@ -7,37 +7,107 @@ classes in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from pybigmodel.nn import Int8Linear, Linear
+from pybigmodel.nn import (
+    Int8Linear,
+    Linear,
+    MultiheadAttention,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+from pybigmodel.nn.multihead_attention import WEIGHTS
+from pybigmodel.ops._checks import PANEL, ceil_div
+
+# What contains linear layers and other blocks, and may be replaced together with them.
+BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    nn.TransformerEncoder: TransformerEncoder,
+    nn.TransformerDecoder: TransformerDecoder,
+}
 
 # Of the attributes that every module has, these hold tensors; the others are hooks and the mode.
 _TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 _KEPT = frozenset(vars(nn.Module())) - set(_TENSORS)
-# On a swapped module: the float layer for `restore`, out of reach of parameters() and state_dict().
-ORIGINAL = "_original"
+# On a swapped module: its class before, and for int8 the float layer for `restore`, out of reach of
+# parameters() and state_dict().
+CLASS, ORIGINAL = "_class_of_torch", "_original"
+_OWN = ("_packed", "_met", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL)
 
 
-def become(module: nn.Linear, new: Linear | Int8Linear, keep_original: bool) -> None:
-    """Turn `module`, a torch.nn.Linear, into what `new` is."""
-    original = _shell(module)
-    state = {name: value for name, value in vars(new).items() if name not in _KEPT}
+def replacement(
+    module: nn.Module, precision: str, inner: Mapping[nn.Module, nn.Module]
+) -> nn.Module:
+    """What the layer becomes, on the same Parameters, with `inner` for what it contains.
+
+    Raises:
+        ValueError: NaN or infinity in a weight that is to be quantised.
+    """
+    new: nn.Module
+    if isinstance(module, nn.Linear):
+        if precision == "int8":
+            new = Int8Linear.from_linear(module)
+        else:
+            new = Linear.from_linear(module, precision=precision)
+        # Its hooks, where it is called as a part of a block.
+        vars(new).update({name: vars(module)[name] for name in _KEPT})
+        return new
+    new = with_inner(module, inner)
+    new.__class__ = BLOCKS[type(module)]
+    if isinstance(new, MultiheadAttention):
+        new._set_up("fp32" if precision == "int8" else precision)
+    return new
+
+
+def with_inner(module: nn.Module, inner: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A copy on the same Parameters, with `inner` for what it contains."""
+    new = module.__new__(type(module))
+    vars(new).update(vars(module))
+    new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
+    new._modules = {
+        name: None if child is None else _exchanged(child, inner)
+        for name, child in module._modules.items()
+    }
+    return new
+
+
+def _exchanged(module: nn.Module, inner: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    if module in inner:
+        return inner[module]
+    if any(child in inner for child in module.modules()):
+        return with_inner(module, inner)
+    return module
+
+
+def become(module: nn.Module, new: nn.Module, keep_original: bool) -> None:
+    """Turn `module` into what `new` is, which is its `replacement`; what it contains stays."""
+    state: dict[str, Any] = {CLASS: type(module)}
+    if isinstance(new, Int8Linear):
+        state[ORIGINAL] = _shell(module)
+    kept = _KEPT if isinstance(module, nn.Linear) else vars(module)
+    state |= {name: value for name, value in vars(new).items() if name not in kept}
     vars(module).update(state)
-    vars(module)[ORIGINAL] = original if isinstance(new, Int8Linear) else None
-    module.__class__ = type(new)  # type: ignore[assignment]
+    module.__class__ = type(new)
     if isinstance(module, Int8Linear) and not keep_original:
         module._free_original()
 
 
 def is_swapped(module: nn.Module) -> bool:
-    return ORIGINAL in vars(module)
+    return CLASS in vars(module)
 
 
 def why_not_reverted(module: nn.Module) -> str | None:
     """Why `revert` cannot be: the class was changed since, as parametrizations do."""
     kind = type(module)
-    if kind in (Linear, Int8Linear):
+    if kind in (Linear, Int8Linear, *BLOCKS.values()):
         return None
     return (
         f"it became a {kind.__module__}.{kind.__qualname__} since; remove its parametrizations "
@@ -46,11 +116,11 @@ def why_not_reverted(module: nn.Module) -> str | None:
 
 
 def revert(module: nn.Module) -> None:
-    """Turn a swapped module into the torch.nn.Linear again that it was, with the bias it has now.
+    """Turn a swapped module into what it was of torch's again, with the bias it has now.
 
     Where the float weight was not kept, it is the one that the int8 layer computes with.
     """
-    if isinstance(module, Linear):
+    if isinstance(module, Linear | MultiheadAttention):
         module.forget_packed()
     if isinstance(module, Int8Linear):
         original = vars(module)[ORIGINAL]
@@ -59,9 +129,9 @@ def revert(module: nn.Module) -> None:
         _update_bias(original, module.bias)
         for name in _TENSORS:
             vars(module)[name] = vars(original)[name]
-    for name in ("_packed", "_precision", "weight_only", "symmetric", ORIGINAL):
+    module.__class__ = vars(module)[CLASS]
+    for name in _OWN:
         vars(module).pop(name, None)
-    module.__class__ = nn.Linear
 
 
 def _update_bias(linear: nn.Linear, bias: Tensor | None) -> None:
@@ -95,15 +165,29 @@ def _shell(linear: nn.Module) -> nn.Linear:
     return shell
 
 
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """The weights that the layer itself multiplies with."""
+    names = ("weight",) if isinstance(module, nn.Linear) else WEIGHTS
+    weights = (module._parameters.get(name) for name in names)
+    return [w for w in weights if w is not None and not isinstance(w, nn.UninitializedParameter)]
+
+
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the weight in every form: as torch stores it, packed, quantised, kept."""
+    """Bytes of the layer's own weights in every form: as torch stores them, packed, quantised,
+    kept."""
     if isinstance(module, Int8Linear):
         kept = vars(module).get(ORIGINAL)
         held = [module.packed_weight, module.weight_scale, *([] if kept is None else [kept.weight])]
         return sum(tensor.nbytes for tensor in held)
-    assert isinstance(module, nn.Linear)
-    if not isinstance(module, Linear):
-        return module.weight.nbytes
-    bf16 = module.precision == "bf16" or module.weight.dtype == torch.bfloat16
-    n, k = -(-module.out_features // 16) * 16, module.in_features
-    return module.weight.nbytes + (n * (k + k % 2) * 2 if bf16 else n * k * 4)
+    weights = weights_of(module)
+    stored = sum(weight.nbytes for weight in weights)
+    if not isinstance(module, Linear | MultiheadAttention):
+        return stored
+    return stored + sum(_packed_bytes(weight, module.precision) for weight in weights)
+
+
+def _packed_bytes(weight: Tensor, precision: str) -> int:
+    rows, k = ceil_div(weight.shape[0], PANEL) * PANEL, weight.shape[1]
+    if precision == "bf16" or weight.dtype == torch.bfloat16:
+        return rows * (k + k % 2) * 2
+    return rows * k * 4

@@ -27,6 +27,8 @@ dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda
 jit_tracing_state: Callable[[], Any] = _private(
     "_get_tracing_state", lambda: getattr(torch.jit, "is_tracing", bool)() or None
 )
+# Whether torch.func transforms what is called: unknown counts as yes.
+transforms_active: Callable[[], bool] = _private("_are_functorch_transforms_active", lambda: True)
 autocast_enabled: Callable[[], bool] = _private(
     "_is_any_autocast_enabled",
     lambda: torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
@@ -127,7 +129,6 @@ def outside_of_graphs(reason: str) -> Callable[[F], F]:
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """What Function.apply ends in, without its inspect.signature at every call, where that will do:
     outside torch.func and torch.compile."""
-    transforms_active = _private("_are_functorch_transforms_active", lambda: True)
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:

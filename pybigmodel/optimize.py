@@ -12,8 +12,16 @@ from torch import nn
 from pybigmodel._measure import Trial, run_trials, split_inputs
 from pybigmodel._report import Report, Row, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
-from pybigmodel._swap import become, is_swapped, revert, weight_bytes, why_not_reverted
-from pybigmodel.nn import Int8Linear, Linear
+from pybigmodel._swap import (
+    become,
+    is_swapped,
+    replacement,
+    revert,
+    weight_bytes,
+    weights_of,
+    why_not_reverted,
+)
+from pybigmodel.nn import Int8Linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,14 +85,20 @@ def optimize(
         model = _copied(model)
     before = {row.path: row for row in _known_rows(model)}
     found = candidates(model, precision, include, exclude)
-    trials, refused = _replacements(found, precision)
+    news, refused = _replacements(found, precision)
+    trials = {
+        candidate.path: Trial(candidate.module, news[candidate.module])
+        for candidate in found
+        if candidate.module in news and candidate.units == (candidate.path,)
+    }
     if example_inputs is not None:
         run_trials(model, example_inputs, trials)
-        refused |= {
+        rejected = {
             path: reason
             for path, trial in trials.items()
             if (reason := _why_rejected(trial, precision)) is not None
         }
+        refused |= rejected | _with_their_units(found, rejected)
     rows = []
     for candidate in found:
         path, trial = candidate.path, trials.get(candidate.path)
@@ -92,7 +106,8 @@ def optimize(
         if left is not None and path in before and before[path].replaced_by is not None:
             rows.append(_kept(before[path], candidate, precision))
         else:
-            rows.append(_finish(candidate, trial, left, precision, keep_original))
+            new = news.get(candidate.module)
+            rows.append(_finish(candidate, new, trial, left, precision, keep_original))
     log_rows(rows)
     vars(model)[_REPORT] = Report(tuple(rows))
     return model
@@ -169,23 +184,27 @@ def _known_rows(model: nn.Module) -> list[Row]:
 
 def _replacements(
     found: list[Candidate], precision: str
-) -> tuple[dict[str, Trial], dict[str, str]]:
-    trials, refused = {}, {}
-    for candidate in found:
-        linear = candidate.module
-        if candidate.left is not None or not isinstance(linear, nn.Linear):
-            continue
-        try:
-            new: nn.Module = (
-                Int8Linear.from_linear(linear)
-                if precision == "int8"
-                else Linear.from_linear(linear, precision=precision)
-            )
-        except ValueError as error:  # NaN or infinity in a weight to be quantised
-            refused[candidate.path] = str(error)
-            continue
-        trials[candidate.path] = Trial(linear, new)
-    return trials, refused
+) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
+    """What each layer would become, and the reasons of those that turn out not to."""
+    news: dict[nn.Module, nn.Module] = {}
+    refused = {}
+    for candidate in reversed(found):  # what a layer contains before the layer
+        if candidate.left is None:
+            try:
+                news[candidate.module] = replacement(candidate.module, precision, news)
+            except ValueError as error:  # NaN or infinity in a weight to be quantised
+                refused[candidate.path] = str(error)
+    return news, refused
+
+
+def _with_their_units(found: list[Candidate], rejected: dict[str, str]) -> dict[str, str]:
+    """Layers stay with what contains them, which may call them in another way."""
+    return {
+        candidate.path: f"part of {unit or 'the model'}, which stays"
+        for candidate in found
+        for unit in candidate.units
+        if unit in rejected and unit != candidate.path
+    }
 
 
 def _why_rejected(trial: Trial, precision: str) -> str | None:
@@ -193,7 +212,7 @@ def _why_rejected(trial: Trial, precision: str) -> str | None:
         return trial.failure
     if not trial.shapes:
         return "not called on example_inputs"
-    low = trial.original.weight.dtype in (torch.bfloat16, torch.float16)
+    low = _dtype_of(trial.original) in (torch.bfloat16, torch.float16)
     bound = MAX_ERROR["bf16" if low and precision == "fp32" else precision]
     if not trial.error <= bound:
         return f"its error on example_inputs is {trial.error:.1e}, above {bound:.0e}"
@@ -211,21 +230,27 @@ def _kept(row: Row, candidate: Candidate, precision: str) -> Row:
 
 
 def _products(module: nn.Module, precision: str) -> str:
-    """What the products are computed in: bf16 weights always take bf16's."""
-    weight = module._parameters.get("weight")
-    bf16 = weight is not None and weight.dtype == torch.bfloat16
-    return "bf16" if bf16 and precision == "fp32" else precision
+    """What the products are computed in: bf16 weights always take bf16's, attention never int8."""
+    if precision == "int8" and isinstance(module, nn.MultiheadAttention):
+        precision = "fp32"
+    return "bf16" if precision == "fp32" and _dtype_of(module) == torch.bfloat16 else precision
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in module.parameters()), None)
 
 
 def _finish(
-    candidate: Candidate, trial: Trial | None, left: str | None, precision: str, keep: bool
+    candidate: Candidate,
+    new: nn.Module | None,
+    trial: Trial | None,
+    left: str | None,
+    precision: str,
+    keep: bool,
 ) -> Row:
     """Replace the layer if nothing speaks against it, and say what was done."""
     module = candidate.module
-    weight = module._parameters.get("weight")
-    before = 0
-    if weight is not None and not isinstance(weight, nn.UninitializedParameter):
-        before = weight.numel() * weight.element_size()
+    before = sum(weight.numel() * weight.element_size() for weight in weights_of(module))
     layer = _describe(module)
     precision = _products(module, precision)
     measured: dict[str, Any] = {}
@@ -239,10 +264,9 @@ def _finish(
         }
     replaced_by, after = None, before
     if left is None:
-        assert trial is not None and isinstance(module, nn.Linear)
-        assert isinstance(trial.candidate, Linear | Int8Linear)
-        become(module, trial.candidate, keep)
-        replaced_by, after = f"pybigmodel.nn.{type(trial.candidate).__name__}", weight_bytes(module)
+        assert new is not None
+        become(module, new, keep)
+        replaced_by, after = f"pybigmodel.nn.{type(new).__name__}", weight_bytes(module)
     return Row(
         candidate.path,
         layer,
@@ -259,4 +283,8 @@ def _describe(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.Linear | Int8Linear):
         return f"{name}({module.in_features}, {module.out_features})"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{name}({module.embed_dim}, {module.num_heads} heads)"
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        return f"{name}({len(module.layers)} layers)"
     return name

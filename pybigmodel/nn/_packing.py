@@ -25,7 +25,7 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,8 +44,10 @@ _STALE = -1  # no version counter gets there
 # the time of a 768×768 product with one row.
 _SAMPLES = 16
 
-# Which copy: a precision code, plus this for a weight rounded to float16, as autocast does.
+# Which copy: a precision code, plus this for a weight rounded to float16, as autocast does. Of some
+# rows that do not fill panels: with the first of them and the end.
 ROUNDED_TO_FP16 = 2
+Key: TypeAlias = int | tuple[int, int, int]
 
 _ops = torch.ops.pybigmodel
 _linear = _ops.linear.default
@@ -54,7 +56,7 @@ _pack_linear_weight = _ops.pack_linear_weight.default
 
 
 class Packed:
-    """The packed copies of one Parameter: by precision code, and whether rounded to float16."""
+    """The packed copies of one Parameter, by key."""
 
     __slots__ = (
         *("_address", "_bits", "_contiguous", "_id", "_sample", "_shape", "_storage", "_stride"),
@@ -72,7 +74,7 @@ class Packed:
         self.version = _STALE
         self.out_features = 0
         self.in_shape: tuple[int, ...] = ()  # the last dimension of inputs
-        self.copies: dict[int, Tensor] = {}
+        self.copies: dict[Key, Tensor] = {}
 
     @classmethod
     def of(cls, weight: Tensor) -> Packed:
@@ -170,7 +172,7 @@ def cacheable(weight: Tensor) -> bool:
     )
 
 
-def packed_for(weight: Tensor, key: int) -> tuple[Packed, Tensor]:
+def packed_for(weight: Tensor, key: Key) -> tuple[Packed, Tensor]:
     """The current entry of a cacheable weight, and its copy of this key."""
     entry = _entries.get(id(weight), NOT_PACKED)
     current = entry.is_current(weight)
@@ -187,9 +189,30 @@ def packed_for(weight: Tensor, key: int) -> tuple[Packed, Tensor]:
     return entry, copy
 
 
-def _pack(weight: Tensor, key: int) -> Tensor:
+def entry_of(weight: Tensor) -> Packed:
+    """What is known of this weight, current or not."""
+    return _entries.get(id(weight), NOT_PACKED)
+
+
+def packed_rows(weight: Tensor, key: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """The copy of a cacheable weight's rows from start to stop: part of the whole one, where their
+    panels are theirs alone."""
+    rows = weight.shape[0]
+    stop = rows if stop is None else stop
+    if start % check.PANEL or (stop % check.PANEL and stop != rows):
+        return packed_for(weight, (key, start, stop))[1]
+    whole = packed_for(weight, key)[1]
+    if stop - start == rows:
+        return whole
+    return whole[start // check.PANEL : check.ceil_div(stop, check.PANEL)]
+
+
+def _pack(weight: Tensor, key: Key) -> Tensor:
     # Outside inference mode: the copy outlives this call and is used in any mode.
     with torch.inference_mode(False), torch.no_grad():
+        if isinstance(key, tuple):
+            key, start, stop = key
+            weight = weight[start:stop]
         if key >= ROUNDED_TO_FP16:
             weight = weight.to(torch.float16)
         packed: Tensor = _pack_linear_weight(weight, key % ROUNDED_TO_FP16)
@@ -231,22 +254,37 @@ def moment(weight: Tensor) -> tuple[int, int]:
 
 _library = torch.library.Library("pybigmodel", "FRAGMENT")
 _library.define(
-    "linear_cached(Tensor input, Tensor weight, Tensor? bias, int precision) -> Tensor",
+    "linear_cached(Tensor input, Tensor weight, Tensor? bias, int precision, int start=0, "
+    "int? stop=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def linear_as_packed(input: Tensor, weight: Tensor, bias: Tensor | None, precision: int) -> Tensor:
+def linear_as_packed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: int,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
     y: Tensor
     if not has_width(input, weight.shape[1]):  # the packed weight knows its width to 2 only
         check.check_input("linear", input)
         check.check_matrix("linear", input, weight)
     if not cacheable(weight) and input.dtype == weight.dtype:
-        y = _linear(input, weight, bias, precision)
+        y = _linear(input, weight[start:stop], bias, precision)
     else:  # of another dtype: under autocast
-        copy = packed_for(weight, precision)[1] if cacheable(weight) else _pack(weight, precision)
-        y = _linear_packed(input, copy, weight.shape[0], bias, None, 0)
+        if cacheable(weight):
+            copy = packed_rows(weight, precision, start, stop)
+        else:
+            copy = _pack(weight[start:stop], precision)
+        y = _linear_packed(input, copy, rows_of(weight, start, stop), bias, None, 0)
     return y
+
+
+def rows_of(weight: Tensor, start: int, stop: int | None) -> int:
+    return (weight.shape[0] if stop is None else stop) - start
 
 
 def _autocast_key(weight: Tensor, precision: int, dtype: torch.dtype) -> int:
@@ -262,12 +300,13 @@ def linear_under_autocast(
     weight: Tensor,
     bias: Tensor | None,
     precision: int,
+    *rows: int | None,
 ) -> Tensor:
     """What `product`, the op or what it does, gives of what autocast casts."""
     dtype = torch.get_autocast_dtype("cpu")
     input, bias = cast(input, "cpu", dtype), cast(bias, "cpu", dtype)
     with below_autocast("cpu"):
-        return product(input, weight, bias, _autocast_key(weight, precision, dtype))
+        return product(input, weight, bias, _autocast_key(weight, precision, dtype), *rows)
 
 
 linear_cached = _ops.linear_cached.default
@@ -276,14 +315,32 @@ _library.impl("linear_cached", partial(linear_under_autocast, linear_cached), "A
 
 
 def _linear_cached_fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, precision: int
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: int,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Tensor:
+    rows = rows_of(weight, start, stop)
     check.check_input("linear", input)
     check.check_matrix("linear", input, weight)
-    check.check_bias("linear", input, weight.shape[0], bias)
+    check.check_bias("linear", input, rows, bias)
     check.check_range("linear", "precision", precision, 2 * ROUNDED_TO_FP16)
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+    return input.new_empty((*input.shape[:-1], rows))
+
+
+def _linear_cached_flops(
+    input: _flops.Shape,
+    weight: _flops.Shape,
+    bias: _flops.Shape | None,
+    precision: int,
+    start: int = 0,
+    stop: int | None = None,
+    **kwargs: Any,
+) -> int:
+    return _flops.linear(input, ((weight[0] if stop is None else stop) - start, weight[1]))
 
 
 torch.library.register_fake("pybigmodel::linear_cached", _linear_cached_fake, lib=_library)
-register_flop_formula(_ops.linear_cached)(_flops.linear)
+register_flop_formula(_ops.linear_cached)(_linear_cached_flops)

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from pybigmodel._torch_private import applied, forward_ad
+from pybigmodel.nn._product import activated, wants_gradient
 from pybigmodel.ops import pack_int8_linear_weight, quantize_weight
 from pybigmodel.ops._checks import MAX_INT8_K, PANEL
-from pybigmodel.ops._common import has_width, no_kernel, refuse_forward_mode
+from pybigmodel.ops._common import (
+    Activation,
+    activation_code,
+    has_width,
+    no_kernel,
+    refuse_forward_mode,
+)
 
 _int8_linear = torch.ops.pybigmodel.int8_linear.default
 _int8_weight_only_linear = torch.ops.pybigmodel.int8_weight_only_linear.default
@@ -122,6 +129,20 @@ class Int8Linear(torch.nn.Module):
         return self.weight * self.weight_scale.unsqueeze(1)
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._run(input, 0)
+
+    def with_activation(self, input: Tensor, activation: Activation) -> Tensor:
+        """``act(y)`` of the layer's y, in one pass where no gradient is wanted; calls no hooks.
+
+        Args:
+            input: as for the layer.
+            activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        """
+        if wants_gradient(input):
+            return activated(self.forward(input), activation)
+        return self._run(input, activation_code(activation))
+
+    def _run(self, input: Tensor, activation: int) -> Tensor:
         # Python's part is short and reads no properties; Dynamo follows it.
         buffers: dict[str, Any] = self._buffers
         y: Tensor
@@ -136,26 +157,12 @@ class Int8Linear(torch.nn.Module):
         if _is_grad_enabled() and input.requires_grad is True:
             y = _without_gradient(input, self)
             return y
+        packed, scale, bias = (buffers[name] for name in ("packed_weight", "weight_scale", "bias"))
         try:
             if self.weight_only:
-                y = _int8_weight_only_linear(
-                    input,
-                    buffers["packed_weight"],
-                    buffers["weight_scale"],
-                    buffers["bias"],
-                    None,
-                    0,
-                )
+                y = _int8_weight_only_linear(input, packed, scale, bias, None, activation)
             else:
-                y = _int8_linear(
-                    input,
-                    buffers["packed_weight"],
-                    buffers["weight_scale"],
-                    buffers["bias"],
-                    None,
-                    0,
-                    self.symmetric,
-                )
+                y = _int8_linear(input, packed, scale, bias, None, activation, self.symmetric)
         except NotImplementedError as error:
             advice = "leave such layers out of pbm.optimize"
             raise no_kernel("Int8Linear", advice, input=input, **buffers) from error

@@ -15,34 +15,13 @@ from pybigmodel._torch_private import (
     forward_ad,
     jit_tracing_state,
 )
-from pybigmodel.nn._packing import (
-    NOT_PACKED,
-    cacheable,
-    forget,
-    linear_as_packed,
-    linear_cached,
-    linear_under_autocast,
-    moment,
-    packed_for,
-)
-from pybigmodel.ops._common import (
-    PRECISIONS,
-    ForwardModeError,
-    has_width,
-    no_kernel,
-    precision_code,
-    refuse_forward_mode,
-)
-from pybigmodel.ops.linear import linear_from_packed
+from pybigmodel.nn._packing import NOT_PACKED, entry_of, forget
+from pybigmodel.nn._product import Met, advice, is_traced, product
+from pybigmodel.ops._common import PRECISIONS, Activation, no_kernel, precision_code
 
-_linear = torch.ops.pybigmodel.linear.default
 _linear_packed = torch.ops.pybigmodel.linear_packed.default
 _is_grad_enabled = torch.is_grad_enabled
 _MISSING = object()
-_ADVICE = (
-    "use torch.nn.Linear there (pbm.restore puts it back, and pbm.optimize leaves such layers as "
-    "they are)"
-)
 
 
 class Linear(torch.nn.Linear):
@@ -85,6 +64,7 @@ class Linear(torch.nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._packed = NOT_PACKED
+        self._met: Met = {}
         self._precision = precision_code(precision)
 
     @classmethod
@@ -121,7 +101,7 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_dynamo_compiling():
-            return self._traced(input)
+            return self._general(input)
         # One condition a line, the likeliest to fail first; what none of them rules out costs
         # less than the two attribute look-ups of torch.nn.Linear.forward.
         packed = self._packed
@@ -147,77 +127,34 @@ class Linear(torch.nn.Linear):
                     return y
                 except NotImplementedError as error:
                     raise no_kernel(
-                        "Linear", _ADVICE, input=input, weight=weight, bias=bias
+                        "Linear", advice("Linear"), input=input, weight=weight, bias=bias
                     ) from error
         return self._general(input)
 
     def _general(self, input: Tensor) -> Tensor:
-        # Export that traces without Dynamo; torch.fx, whose proxies know no dtype.
-        if torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
-            return self._traced(input)
         # As torch.nn.Linear reads them: a parametrization or an old-style hook may compute them.
         weight, bias = self.weight, self.bias
-        if forward_ad._current_level >= 0:
-            refuse_forward_mode("pybigmodel.nn.Linear", input=input, weight=weight, bias=bias)
-        y: Tensor
-        try:
-            if not cacheable(weight):
-                y = _linear(input, weight, bias, self._precision)
-            elif _wants_gradient(input, weight, bias):
-                y = self._with_gradient(input, weight, bias)
-            elif torch.is_autocast_enabled("cpu"):
-                y = linear_under_autocast(linear_as_packed, input, weight, bias, self._precision)
-            elif input.dtype != weight.dtype or not has_width(input, weight.shape[1]):
-                y = _linear(input, weight, bias, self._precision)  # which names the mismatch
-            else:
-                self._packed, copy = packed_for(weight, self._precision)
-                y = _linear_packed(input, copy, weight.shape[0], bias, None, 0)
-        except ForwardModeError:
-            raise
-        except NotImplementedError as error:
-            raise no_kernel("Linear", _ADVICE, input=input, weight=weight, bias=bias) from error
+        y = product("Linear", input, weight, bias, self._precision, self._met)
+        if not is_traced(input):
+            vars(self)["_packed"] = entry_of(weight)  # what assigning does, in a tenth of the time
         return y
 
-    def _with_gradient(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # In training a weight is used once between two steps, and packing it on the way is less
-        # work than making a copy; one that is met again as it was is worth it.
-        state, met = vars(self), moment(weight)
-        again = state.get("_met") == met
-        state["_met"] = met
-        y: Tensor
-        if (
-            again
-            and not torch.is_autocast_enabled("cpu")
-            and input.dtype == weight.dtype
-            and has_width(input, weight.shape[1])
-        ):
-            copy = packed_for(weight, self._precision)[1]
-            y = linear_from_packed(input, weight, bias, self._precision, copy)
-        else:
-            y = _linear(input, weight, bias, self._precision)
-        return y
+    def with_activation(self, input: Tensor, activation: Activation) -> Tensor:
+        """``act(x·Wᵀ + b)``, in one pass where no gradient is wanted; calls no hooks.
 
-    def _traced(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        y: Tensor
-        if (
-            not torch.compiler.is_compiling()  # torch.fx
-            or torch.compiler.is_exporting()
-            or not isinstance(weight, torch.nn.Parameter)  # of torch.func, which may differentiate
-            or _wants_gradient(input, weight, bias)
-            or (input.dtype != weight.dtype and not torch.is_autocast_enabled("cpu"))
-        ):
-            y = _linear(input, weight, bias, self._precision)
-        else:
-            y = linear_cached(input, weight, bias, self._precision)
-        return y
+        Args:
+            input: as for the layer.
+            activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        """
+        weight, bias, met = self.weight, self.bias, self._met
+        return product("Linear", input, weight, bias, self._precision, met, activation=activation)
 
     def forget_packed(self) -> None:
         """Drop the packed copy of the weight; the next call makes it again."""
         # Both: of a weight that is gone from here too, and of one that only compiled code packed.
         vars(self).get("_packed", NOT_PACKED).discard()
         self._packed = NOT_PACKED
-        vars(self).pop("_met", None)
+        self._met = {}
         forget(self._parameters.get("weight"))
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
@@ -243,9 +180,3 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, precision={self.precision!r}"
-
-
-def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )

@@ -118,7 +118,9 @@ def rounds(monkeypatch):
 
 
 def ratio() -> float:
-    original, candidate = _measure.time_pair(nn.Linear(1, 1), nn.Linear(1, 1), torch.ones(1, 1))
+    original, candidate = _measure.time_pair(
+        nn.Linear(1, 1), nn.Linear(1, 1), ((torch.ones(1, 1),), {})
+    )
     return original / candidate
 
 
@@ -167,7 +169,7 @@ def test_a_process_that_never_rests_is_measured_all_the_same(monkeypatch) -> Non
 
     monkeypatch.setattr(timers, "wait_until_idle", never)
     layer = nn.Linear(8, 8)
-    seconds = _measure.time_pair(layer, pbm.nn.Linear.from_linear(layer), torch.ones(2, 8))
+    seconds = _measure.time_pair(layer, pbm.nn.Linear.from_linear(layer), ((torch.ones(2, 8),), {}))
     assert min(seconds) > 0
 
 

@@ -25,7 +25,7 @@ def test_report(model, x, twice_as_fast) -> None:
     assert lines[0].split()[:2] == ["path", "layer"]
     assert "first   Linear(40, 64)  pybigmodel.nn.Int8Linear" in text
     assert "2.00×" in text and "in exclude" in text
-    assert any(line.startswith("3 of 4 linear layers replaced") for line in lines)
+    assert any(line.startswith("3 of 4 layers replaced") for line in lines)
     assert "<td>in exclude</td>" in report._repr_html_()
     facts = json.loads(report.to_json())
     assert facts == json.loads(json.dumps(report.to_dict()))
@@ -97,7 +97,7 @@ def test_report_and_restore_of_optimized_parts(model) -> None:
 
 def test_a_model_without_linear_layers() -> None:
     fast = pbm.optimize(nn.Sequential(nn.ReLU()))
-    assert str(pbm.report(fast)).startswith("0 of 0 linear layers replaced")
+    assert str(pbm.report(fast)).startswith("0 of 0 layers replaced")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

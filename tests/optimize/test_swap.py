@@ -128,36 +128,6 @@ def test_a_model_that_is_one_layer(precision) -> None:
     assert type(pbm.restore(layer)) is nn.Linear
 
 
-@pytest.mark.filterwarnings("ignore:.*nested tensor.*:UserWarning")
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("training", [True, False])
-def test_transformer_layers_are_not_broken(precision, training) -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-    model = nn.Sequential(nn.Linear(32, 32), nn.TransformerEncoder(layer, 2)).train(training)
-    fast = pbm.optimize(model, precision)
-    x = torch.randn(2, 5, 32)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            assert difference(fast(x), model(x))[0] < BOUND[precision]
-    rows = {row.path: row for row in pbm.report(fast).rows}
-    assert rows["0"].replaced_by is not None
-    assert "fast path" in rows["1.layers.0.linear1"].left
-    assert "MultiheadAttention" in rows["1.layers.1.self_attn.out_proj"].left
-    assert len(pbm.report(fast).replaced) == 1
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_transformer_decoder(precision) -> None:
-    torch.manual_seed(0)
-    model = nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True).eval()
-    fast = pbm.optimize(model, precision)
-    x = torch.randn(2, 5, 32)
-    with torch.no_grad():
-        assert difference(fast(x, x), model(x, x))[0] < BOUND[precision]
-    assert [row.path for row in pbm.report(fast).replaced] == ["linear1", "linear2"]
-
-
 def test_restore_frees_the_packed_copies(model, x) -> None:
     fast = pbm.optimize(model)
     with torch.no_grad():

@@ -209,7 +209,7 @@ def _options(
 ) -> _Options:
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: alibi_slopes requires grad, and it has no gradient: detach it")
-    left, right = _window(window)
+    left, right = window_sides(window)
     if causal:
         right = 0
     seed = None
@@ -225,7 +225,7 @@ def _options(
     return _Options(seed, left, right, scale)
 
 
-def _window(window: Window) -> tuple[int, int]:
+def window_sides(window: Window) -> tuple[int, int]:
     if window is None:
         return -1, -1
     try:

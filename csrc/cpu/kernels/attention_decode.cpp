@@ -1,0 +1,353 @@
+// One part of a cache: all scores, then the softmax of its keys, then the outputs, which are kept unnormalised beside
+// the maximum and the sum of each row. Keys and values pass by once, in the order of memory.
+#include "cpu/kernels/attention_decode.h"
+
+#include "common/scratch.h"
+#include "cpu/kernels/attention_decode_tiles.h"
+#include "cpu/kernels/attention_scores.h"
+#include "cpu/kernels/impl.h"
+
+namespace pbm::PBM_TIER {
+namespace {
+
+constexpr int64_t kPitch = kSplitKeys + 16;  // of a row of scores: a tile writes up to 15 beyond the last key
+constexpr int64_t kScoreKeys = 16;           // keys that pass by all rows at once: a multiple of every tile's
+constexpr int64_t kValueBytes = 16384;       // of values that stay in L1 while all rows and columns pass by
+
+PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+PBM_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One item's working memory; every array has room for the padded rows.
+struct Work {
+  char* q;                     // rows of kQueryBytes
+  float* scores;               // rows of kPitch
+  char* p;                     // the scores' place, or 16-bit weights: rows of kPitch
+  float* q_scale;              // s8: what a row's 16-bit integers stand for
+  float* weight_scale;         // s8: likewise
+  float *k_scale, *v_scale;    // s8: of the keys
+  float *out, *largest, *sum;  // the item's partial
+};
+
+struct Part {
+  const AttentionDecode& p;
+  const Attention& a;
+  const DecodeItem& item;
+  int64_t rows, padded, keys;  // of this part
+  int64_t out_stride;
+  Work w;
+};
+
+Work carve(const Part& f) {
+  const int64_t bytes = f.padded * (kQueryBytes + kPitch * 6 + 8) + 2 * kPitch * 4;
+  char* at = static_cast<char*>(scratch(ScratchSlot::attention, bytes));
+  Work w;
+  w.q = at;
+  w.scores = reinterpret_cast<float*>(at += f.padded * kQueryBytes);
+  w.p = at += f.padded * kPitch * 4;
+  w.k_scale = reinterpret_cast<float*>(at += f.padded * kPitch * 2);
+  w.v_scale = w.k_scale + kPitch;
+  w.q_scale = w.v_scale + kPitch;
+  w.weight_scale = w.q_scale + f.padded;
+  w.out = f.item.partial;
+  w.largest = w.out + f.padded * f.out_stride;
+  w.sum = w.largest + f.padded;
+  return w;
+}
+
+// --- where keys lie --------------------------------------------------------------------------------------------------
+
+int64_t block_of(const AttentionDecode& p, int64_t b, int64_t j) {
+  return p.block_table ? p.block_table[b * p.table_row + j / p.a.keys] : b;
+}
+
+const char* row_of(const Part& f, const AttentionOperand& x, int64_t j) {
+  const int64_t block = block_of(f.p, f.item.b, j);
+  return static_cast<const char*>(x.data) +
+         (block * x.batch + f.item.kv_head * x.head + j % f.a.keys * x.row) * size_of(x.dtype);
+}
+
+// body(first, count) for keys that lie in one block, counted from the part's first.
+template <class F>
+PBM_INLINE void for_each_run(const Part& f, const F& body) {
+  for (int64_t j = f.item.keys.begin; j < f.item.keys.end;) {
+    const int64_t end = min64(f.item.keys.end, (j / f.a.keys + 1) * f.a.keys);
+    body(j - f.item.keys.begin, end - j);
+    j = end;
+  }
+}
+
+void gather_scales(const Part& f, const CacheScales& s, float* out) {
+  for_each_run(f, [&](int64_t first, int64_t count) {
+    const int64_t j = f.item.keys.begin + first;
+    const float* at =
+        s.data + block_of(f.p, f.item.b, j) * s.batch + f.item.kv_head * s.head + j % f.a.keys * s.row;
+    for (int64_t n = 0; n < count; n++) out[first + n] = at[n * s.row];
+  });
+}
+
+// --- queries ---------------------------------------------------------------------------------------------------------
+
+const char* query_row(const Part& f, int64_t r) {
+  const AttentionOperand& q = f.a.q;
+  const int64_t head = f.item.kv_head * (f.a.heads / f.a.kv_heads) + r / f.a.queries;
+  return static_cast<const char*>(q.data) +
+         (f.item.b * q.batch + head * q.head + r % f.a.queries * q.row) * size_of(q.dtype);
+}
+
+// A row as 16-bit integers times w.q_scale: each element is off by at most 2⁻¹⁶ of the largest.
+template <DType Q>
+void quantize_query(const Part& f, int64_t r, char* out) {
+  const char* q = query_row(f, r);
+  Vec largest = zero(), poison = zero();
+  for (int64_t d = 0; d < f.a.d; d += kWidth) {
+    const Vec x = load16_n<Q>(q, d, static_cast<int>(min64(kWidth, f.a.d - d)));
+    largest = vmax(largest, vabs(x));
+    poison = fmadd(x, zero(), poison);
+  }
+  const float most = __builtin_fmaxf(reduce_max(largest), 0x1p-100f), inverse = 32767.f / most;
+  f.w.q_scale[r] = reduce_add(poison) == 0.f ? most / 32767.f : __builtin_nanf("");
+  for (int64_t d = 0; d < f.a.d; d += kWidth) {
+    const Vec x = load16_n<Q>(q, d, static_cast<int>(min64(kWidth, f.a.d - d)));
+    narrow_u16(reinterpret_cast<uint16_t*>(out) + d, to_int(mul(x, set1(inverse))));
+  }
+}
+
+template <DType T>
+void prepare_queries(const Part& f) {
+  constexpr DType kQuery = KeyDot<T>::kQuery;
+  std::memset(f.w.q, 0, f.padded * kQueryBytes);
+  for (int64_t r = 0; r < f.rows; r++) {
+    char* out = f.w.q + r * kQueryBytes;
+    if constexpr (kQuery == DType::s8) {
+      with_float_dtype(f.a.q.dtype, [&]<DType Q>() { quantize_query<Q>(f, r, out); });
+    } else if constexpr (kQuery == DType::bf16) {
+      std::memcpy(out, query_row(f, r), f.a.d * 2);
+    } else {
+      for (int64_t d = 0; d < f.a.d; d += kWidth)
+        store(reinterpret_cast<float*>(out) + d,
+              load16_n<T>(query_row(f, r), d, static_cast<int>(min64(kWidth, f.a.d - d))));
+    }
+  }
+}
+
+// --- products --------------------------------------------------------------------------------------------------------
+
+// body.template operator()<R>(row) for tiles of R rows; three are padded to four.
+template <class F>
+PBM_INLINE void for_each_tile(const Part& f, const F& body) {
+  for (int64_t r = 0; r < f.rows;) {
+    const int64_t left = f.rows - r;
+    if constexpr (kTileRows == 4) {
+      if (left >= 3) {
+        body.template operator()<4>(r);
+        r += 4;
+        continue;
+      }
+    }
+    if (left >= 2) {
+      body.template operator()<2>(r);
+      r += 2;
+    } else {
+      body.template operator()<1>(r);
+      r += 1;
+    }
+  }
+}
+
+template <DType T>
+void score_run(const Part& f, int64_t first, int64_t count) {
+  const int64_t row = f.a.k.row * size_of(T);
+  const char* k = row_of(f, f.a.k, f.item.keys.begin + first);
+  for (int64_t j = 0; j < count; j += kScoreKeys) {
+    const int64_t n = min64(kScoreKeys, count - j);
+    for_each_tile(f, [&]<int R>(int64_t r) __attribute__((always_inline)) {
+      constexpr int64_t kKeys = kTileScores / R;
+      const char* q = f.w.q + r * kQueryBytes;
+      float* s = f.w.scores + r * kPitch + first + j;
+      int64_t i = 0;
+      for (; i + kKeys <= n; i += kKeys) score_tile<T, R, false>(q, k + (j + i) * row, row, kKeys, f.a.d, s + i, kPitch);
+      if (i < n) score_tile<T, R, true>(q, k + (j + i) * row, row, n - i, f.a.d, s + i, kPitch);
+    });
+  }
+}
+
+template <DType T>
+void output_run(const Part& f, int64_t first, int64_t count) {
+  constexpr int64_t kColumns = 16 * kTileVecs;
+  constexpr int64_t kWeightBytes = ValueDot<T>::kWeight == DType::f32 ? 4 : 2;
+  const int64_t row = f.a.v.row * size_of(T);
+  const int64_t block = max64(kValueBytes / (f.a.dv * size_of(T)) / 16 * 16, 16);
+  const char* v = row_of(f, f.a.v, f.item.keys.begin + first);
+  for (int64_t j = 0; j < count; j += block) {
+    const int64_t n = min64(block, count - j);
+    for_each_tile(f, [&]<int R>(int64_t r) __attribute__((always_inline)) {
+      const char* p = f.w.p + (r * kPitch + first + j) * kWeightBytes;
+      for (int64_t c = 0; c < f.a.dv; c += kColumns) {
+        const char* at = v + j * row + c * size_of(T);
+        float* out = f.w.out + r * f.out_stride + c;
+        if (f.a.dv - c >= kColumns) {
+          output_tile<T, R, false>(p, kPitch * kWeightBytes, at, row, n, 0, out, f.out_stride);
+        } else {
+          output_tile<T, R, true>(p, kPitch * kWeightBytes, at, row, n, static_cast<int>(f.a.dv - c), out, f.out_stride);
+        }
+      }
+    });
+  }
+}
+
+// --- softmax ---------------------------------------------------------------------------------------------------------
+
+bool plain(const Part& f) { return plain_scores(f.a) && f.a.k.dtype != DType::s8; }
+
+// Row r's products, from key `lo` to `hi` of the part, to base-2 exponents.
+void adjust_scores(const Part& f, int64_t r, int64_t lo, int64_t hi) {
+  const Attention& a = f.a;
+  const bool s8 = a.k.dtype == DType::s8;
+  float* row = f.w.scores + r * kPitch;
+  const int64_t head = f.item.kv_head * (a.heads / a.kv_heads) + r / a.queries, i = r % a.queries;
+  const float unit = s8 ? a.scale * f.w.q_scale[r] : a.scale;
+  const float inner = a.softcap == 0.f ? unit * kLog2e : unit / a.softcap, outer = a.softcap * kLog2e;
+  const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + head] * kLog2e : 0.f;
+  const int64_t mask = f.item.b * a.mask.batch + head * a.mask.head + i * a.mask.row + f.item.keys.begin;
+  const float at = static_cast<float>(f.item.keys.begin - i - (a.bottom_right ? f.item.length - a.queries : 0));
+  for (int64_t j = lo; j < hi; j += kWidth) {
+    Vec x = mul(load(row + j), set1(inner));
+    if (s8) x = mul(x, load(f.w.k_scale + j));
+    if (a.softcap != 0.f) x = mul(vtanh(x), set1(outer));
+    if (a.mask.kind != MaskKind::none)
+      x = add(x, mask_at_n(a.mask, mask + j, static_cast<int>(min64(kWidth, f.keys - j))));
+    if (a.slopes) x = fmadd(vabs(add(iota(), set1(at + static_cast<float>(j)))), set1(-slope), x);
+    store(row + j, x);
+  }
+}
+
+// Weights of row r as 16-bit integers times w.weight_scale: each is off by at most 2⁻¹⁶ of the largest.
+void quantize_weights(const Part& f, int64_t r, int64_t end) {
+  float* row = f.w.scores + r * kPitch;
+  Vec largest = zero(), poison = zero();
+  for (int64_t j = 0; j < end; j += kWidth) {
+    const Vec x = mul(load(row + j), load(f.w.v_scale + j));
+    largest = vmax(largest, vabs(x));
+    poison = fmadd(x, zero(), poison);
+    store(row + j, x);
+  }
+  const float most = __builtin_fmaxf(reduce_max(largest), 0x1p-100f), inverse = 32767.f / most;
+  f.w.weight_scale[r] = reduce_add(poison) == 0.f ? most / 32767.f : __builtin_nanf("");
+  uint16_t* out = reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch;
+  for (int64_t j = 0; j < end; j += kWidth) narrow_u16(out + j, to_int(mul(load(row + j), set1(inverse))));
+}
+
+template <DType T>
+void soften(const Part& f, int64_t r) {
+  constexpr DType kWeight = ValueDot<T>::kWeight;
+  float* row = f.w.scores + r * kPitch;
+  const Range seen = visible_keys(f.a, r % f.a.queries, f.a.queries, f.item.length);
+  const int64_t lo = min64(max64(seen.begin - f.item.keys.begin, 0), f.keys);
+  const int64_t hi = max64(min64(seen.end - f.item.keys.begin, f.keys), lo), end = ceil_div(f.keys, kWidth) * kWidth;
+  float factor = f.a.scale * kLog2e;
+  if (!plain(f)) {
+    adjust_scores(f, r, lo, hi);
+    factor = 1.f;
+  }
+  for (int64_t j = 0; j < lo; j++) row[j] = kHidden;
+  for (int64_t j = hi; j < end; j++) row[j] = kHidden;
+
+  Vec m = set1(kHidden), sum = zero();
+  for (int64_t j = 0; j < end; j += kWidth) m = vmax(load(row + j), m);
+  const float largest = reduce_max(m) * factor, base = largest == kHidden ? 0.f : largest;
+  for (int64_t j = 0; j < end; j += kWidth) {
+    const Vec x = fmadd(load(row + j), set1(factor), set1(-base));
+    const Vec e = kWeight == DType::bf16 ? vexp2_bf16(x) : vexp2(x);
+    sum = add(sum, e);
+    if constexpr (kWeight == DType::bf16) {
+      store_bf16(reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch + j, e);
+    } else {
+      store(row + j, e);
+    }
+  }
+  f.w.largest[r] = largest;
+  f.w.sum[r] = reduce_add(sum);
+  if constexpr (kWeight == DType::s8) quantize_weights(f, r, end);
+}
+
+template <DType T>
+void attend(const Part& f) {
+  constexpr DType kWeight = ValueDot<T>::kWeight;
+  if constexpr (T == DType::s8) {
+    gather_scales(f, f.p.k_scale, f.w.k_scale);
+    gather_scales(f, f.p.v_scale, f.w.v_scale);
+    for (int64_t j = f.keys; j < ceil_div(f.keys, kWidth) * kWidth; j++) f.w.v_scale[j] = 0.f;
+  }
+  prepare_queries<T>(f);
+  for_each_run(f, [&](int64_t first, int64_t count) { score_run<T>(f, first, count); });
+  for (int64_t r = 0; r < f.rows; r++) soften<T>(f, r);
+  // Rows that pad a tile have weights too: zeros.
+  const int64_t weights = kPitch * (kWeight == DType::f32 ? 4 : 2);
+  std::memset(f.w.p + f.rows * weights, 0, (f.padded - f.rows) * weights);
+  std::memset(f.w.out, 0, f.padded * f.out_stride * 4);
+  for_each_run(f, [&](int64_t first, int64_t count) { output_run<T>(f, first, count); });
+  if constexpr (kWeight != DType::f32)
+    for (int64_t r = 0; r < f.rows; r++)
+      for (int64_t c = 0; c < f.a.dv; c += 16 * ValueDot<T>::kVecs)
+        ValueDot<T>::finish(f.w.out + r * f.out_stride + c, set1(T == DType::s8 ? f.w.weight_scale[r] : 1.f));
+}
+
+const char* const kNames[] = {"attention_decode_f32." PBM_TIER_NAME, "attention_decode_bf16." PBM_TIER_NAME,
+                              "attention_decode_f16." PBM_TIER_NAME, "",
+                              "attention_decode_s8." PBM_TIER_NAME};
+
+// --- merging ---------------------------------------------------------------------------------------------------------
+
+struct RowParts {
+  float largest, sum;  // of all parts
+};
+
+// What row r of a part is multiplied with. A part that sees nothing has zeros, or NaN where a NaN is hidden: they stay.
+PBM_INLINE float factor_of(float largest, float of_all) {
+  if (largest == of_all) return 1.f;
+  return reduce_max(vexp2(set1(largest - of_all)));
+}
+
+void merge_row(const AttentionDecode& p, const DecodeItem* items, int64_t count, int64_t r) {
+  const Attention& a = p.a;
+  const int64_t stride = decode_out_stride(a), padded = decode_padded_rows(a);
+  float largest = kHidden, sum = 0.f;
+  for (int64_t n = 0; n < count; n++) largest = __builtin_fmaxf(largest, items[n].partial[padded * stride + r]);
+  alignas(64) float out[256 + kDecodeColumns] = {};
+  for (int64_t n = 0; n < count; n++) {
+    const float* part = items[n].partial;
+    const float factor = factor_of(part[padded * stride + r], largest);
+    sum += part[padded * (stride + 1) + r] * factor;
+    for (int64_t d = 0; d < a.dv; d += kWidth)
+      store(out + d, fmadd(load(part + r * stride + d), set1(factor), load(out + d)));
+  }
+  const int64_t head = items[0].kv_head * (a.heads / a.kv_heads) + r / a.queries, i = r % a.queries, b = items[0].b;
+  const Vec inverse = set1(sum == 0.f ? 0.f : 1.f / sum);
+  const int64_t at = b * a.out.batch + head * a.out.head + i * a.out.row;
+  with_float_dtype(a.out.dtype, [&]<DType T>() {
+    for (int64_t d = 0; d < a.dv; d += kWidth)
+      store16_n<T>(const_cast<void*>(a.out.data), at + d, mul(load(out + d), inverse),
+                   static_cast<int>(min64(kWidth, a.dv - d)));
+  });
+  if (a.lse)
+    a.lse[b * a.lse_batch + head * a.lse_head + i] = sum == 0.f ? kHidden : (largest + std::log2(sum)) / kLog2e;
+}
+
+}  // namespace
+
+void attention_decode(const AttentionDecode& p, const DecodeItem& item, const DecodeItem*) {
+  note_kernel(kNames[static_cast<int>(p.a.k.dtype)]);
+  Part f{p, p.a, item, decode_rows(p.a), decode_padded_rows(p.a), item.keys.end - item.keys.begin,
+         decode_out_stride(p.a), {}};
+  f.w = carve(f);
+  if (p.a.k.dtype == DType::s8) return attend<DType::s8>(f);
+  if constexpr (KeyDot<DType::bf16>::kQuery == DType::f32) f.w.p = reinterpret_cast<char*>(f.w.scores);
+  if (p.a.k.dtype != DType::bf16) f.w.p = reinterpret_cast<char*>(f.w.scores);
+  with_float_dtype(p.a.k.dtype, [&]<DType T>() { attend<T>(f); });
+}
+
+void attention_decode_merge(const AttentionDecode& p, const DecodeItem* items, int64_t count) {
+  for (int64_t r = 0; r < decode_rows(p.a); r++) merge_row(p, items, count, r);
+}
+
+}  // namespace pbm::PBM_TIER

@@ -12,7 +12,9 @@ namespace {
 
 constexpr int64_t kPitch = kSplitKeys + 16;  // of a row of scores: a tile writes up to 15 beyond the last key
 constexpr int64_t kScoreKeys = 16;           // keys that pass by all rows at once: a multiple of every tile's
-constexpr int64_t kValueBytes = 16384;       // of values that stay in L1 while all rows and columns pass by
+constexpr int64_t kValueBytes = 8192;        // of values that stay in L1 while all rows and columns pass by
+constexpr int64_t kAheadBytes = 8192;        // how far ahead keys are fetched
+constexpr int64_t kFetchedLines = 2;         // of values for 16 scores of the softmax, which would leave memory idle
 
 PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 PBM_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -23,34 +25,32 @@ struct Work {
   float* scores;               // rows of kPitch
   char* p;                     // the scores' place, or 16-bit weights: rows of kPitch
   float* q_scale;              // s8: what a row's 16-bit integers stand for
-  float* weight_scale;         // s8: likewise
-  float *k_scale, *v_scale;    // s8: of the keys
-  float *out, *largest, *sum;  // the item's partial
+  float *k_scale, *v_scale;    // s8: of the keys; of the values, times what a weight of 1 is as an integer
+  float* out;                  // accumulators: rows of out_stride. Not in the item's partial, which is cold
 };
 
 struct Part {
   const AttentionDecode& p;
   const Attention& a;
   const DecodeItem& item;
+  const DecodeItem* next;
   int64_t rows, padded, keys;  // of this part
   int64_t out_stride;
+  const char* values_soon;  // what is fetched during the softmax
   Work w;
 };
 
 Work carve(const Part& f) {
-  const int64_t bytes = f.padded * (kQueryBytes + kPitch * 6 + 8) + 2 * kPitch * 4;
+  const int64_t bytes = f.padded * (kQueryBytes + kPitch * 6 + f.out_stride * 4 + 4) + 2 * kPitch * 4;
   char* at = static_cast<char*>(scratch(ScratchSlot::attention, bytes));
   Work w;
   w.q = at;
   w.scores = reinterpret_cast<float*>(at += f.padded * kQueryBytes);
   w.p = at += f.padded * kPitch * 4;
-  w.k_scale = reinterpret_cast<float*>(at += f.padded * kPitch * 2);
+  w.out = reinterpret_cast<float*>(at += f.padded * kPitch * 2);
+  w.k_scale = w.out + f.padded * f.out_stride;
   w.v_scale = w.k_scale + kPitch;
   w.q_scale = w.v_scale + kPitch;
-  w.weight_scale = w.q_scale + f.padded;
-  w.out = f.item.partial;
-  w.largest = w.out + f.padded * f.out_stride;
-  w.sum = w.largest + f.padded;
   return w;
 }
 
@@ -60,10 +60,10 @@ int64_t block_of(const AttentionDecode& p, int64_t b, int64_t j) {
   return p.block_table ? p.block_table[b * p.table_row + j / p.a.keys] : b;
 }
 
-const char* row_of(const Part& f, const AttentionOperand& x, int64_t j) {
-  const int64_t block = block_of(f.p, f.item.b, j);
+const char* row_of(const AttentionDecode& p, const DecodeItem& item, const AttentionOperand& x, int64_t j) {
+  const int64_t slot = p.block_table ? j % p.a.keys : j;
   return static_cast<const char*>(x.data) +
-         (block * x.batch + f.item.kv_head * x.head + j % f.a.keys * x.row) * size_of(x.dtype);
+         (block_of(p, item.b, j) * x.batch + item.kv_head * x.head + slot * x.row) * size_of(x.dtype);
 }
 
 // body(first, count) for keys that lie in one block, counted from the part's first.
@@ -132,41 +132,57 @@ void prepare_queries(const Part& f) {
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-// body.template operator()<R>(row) for tiles of R rows; three are padded to four.
+// body.template operator()<R, whether it is the first tile>(row) for tiles of R rows; three are padded to four.
 template <class F>
 PBM_INLINE void for_each_tile(const Part& f, const F& body) {
-  for (int64_t r = 0; r < f.rows;) {
-    const int64_t left = f.rows - r;
-    if constexpr (kTileRows == 4) {
-      if (left >= 3) {
-        body.template operator()<4>(r);
-        r += 4;
-        continue;
-      }
-    }
-    if (left >= 2) {
-      body.template operator()<2>(r);
-      r += 2;
+  const auto tile = [&]<int R>(int64_t r) __attribute__((always_inline)) {
+    if (r == 0) {
+      body.template operator()<R, true>(r);
     } else {
-      body.template operator()<1>(r);
-      r += 1;
+      body.template operator()<R, false>(r);
     }
+  };
+  int64_t r = 0;
+  if constexpr (kTileRows == 4)
+    for (; f.rows - r >= 3; r += 4) tile.template operator()<4>(r);
+  for (; f.rows - r >= 2; r += 2) tile.template operator()<2>(r);
+  if (r < f.rows) tile.template operator()<1>(r);
+}
+
+// What lies `j` keys behind the part's first: its own keys (of scores) and values, then the next part's keys.
+Soon soon_of(const Part& f, int64_t j, bool scores) {
+  const AttentionOperand *x = scores ? &f.a.k : &f.a.v;
+  const DecodeItem* item = &f.item;
+  if (j >= f.keys) {
+    j -= f.keys;
+    if (scores) {
+      x = &f.a.v;
+    } else if (f.next) {
+      x = &f.a.k;
+      item = f.next;
+    }
+    j = max64(min64(j, item->keys.end - item->keys.begin - 1), 0);
   }
+  return {row_of(f.p, *item, *x, item->keys.begin + j), x->row * size_of(x->dtype)};
 }
 
 template <DType T>
 void score_run(const Part& f, int64_t first, int64_t count) {
   const int64_t row = f.a.k.row * size_of(T);
-  const char* k = row_of(f, f.a.k, f.item.keys.begin + first);
+  const char* k = row_of(f.p, f.item, f.a.k, f.item.keys.begin + first);
+  const int64_t ahead = max64(kAheadBytes / (f.a.d * size_of(T)), kScoreKeys);
   for (int64_t j = 0; j < count; j += kScoreKeys) {
     const int64_t n = min64(kScoreKeys, count - j);
-    for_each_tile(f, [&]<int R>(int64_t r) __attribute__((always_inline)) {
+    const Soon soon = soon_of(f, first + j + ahead, true);
+    for_each_tile(f, [&]<int R, bool Fetch>(int64_t r) __attribute__((always_inline)) {
       constexpr int64_t kKeys = kTileScores / R;
       const char* q = f.w.q + r * kQueryBytes;
       float* s = f.w.scores + r * kPitch + first + j;
+      Soon fetched = soon;
       int64_t i = 0;
-      for (; i + kKeys <= n; i += kKeys) score_tile<T, R, false>(q, k + (j + i) * row, row, kKeys, f.a.d, s + i, kPitch);
-      if (i < n) score_tile<T, R, true>(q, k + (j + i) * row, row, n - i, f.a.d, s + i, kPitch);
+      for (; i + kKeys <= n; i += kKeys, fetched.at += kKeys * soon.row)
+        score_tile<T, R, false, Fetch>(q, k + (j + i) * row, row, kKeys, fetched, f.a.d, s + i, kPitch);
+      if (i < n) score_tile<T, R, true, false>(q, k + (j + i) * row, row, n - i, soon, f.a.d, s + i, kPitch);
     });
   }
 }
@@ -177,18 +193,24 @@ void output_run(const Part& f, int64_t first, int64_t count) {
   constexpr int64_t kWeightBytes = ValueDot<T>::kWeight == DType::f32 ? 4 : 2;
   const int64_t row = f.a.v.row * size_of(T);
   const int64_t block = max64(kValueBytes / (f.a.dv * size_of(T)) / 16 * 16, 16);
-  const char* v = row_of(f, f.a.v, f.item.keys.begin + first);
+  const char* v = row_of(f.p, f.item, f.a.v, f.item.keys.begin + first);
   for (int64_t j = 0; j < count; j += block) {
     const int64_t n = min64(block, count - j);
-    for_each_tile(f, [&]<int R>(int64_t r) __attribute__((always_inline)) {
+    const Soon soon = soon_of(f, first + j + n, false);
+    for_each_tile(f, [&]<int R, bool Fetch>(int64_t r) __attribute__((always_inline)) {
       const char* p = f.w.p + (r * kPitch + first + j) * kWeightBytes;
       for (int64_t c = 0; c < f.a.dv; c += kColumns) {
         const char* at = v + j * row + c * size_of(T);
+        // In the order of memory, where rows lie end to end; else by columns, as they are read.
+        constexpr int64_t kStrip = kColumns * size_of(T);
+        const bool dense = soon.row == f.a.dv * size_of(T);
+        const Soon fetched = dense ? Soon{soon.at + c * size_of(T) * n, kStrip} : Soon{soon.at + c * size_of(T), soon.row};
         float* out = f.w.out + r * f.out_stride + c;
         if (f.a.dv - c >= kColumns) {
-          output_tile<T, R, false>(p, kPitch * kWeightBytes, at, row, n, 0, out, f.out_stride);
+          output_tile<T, R, false, Fetch>(p, kPitch * kWeightBytes, at, row, n, fetched, 0, out, f.out_stride);
         } else {
-          output_tile<T, R, true>(p, kPitch * kWeightBytes, at, row, n, static_cast<int>(f.a.dv - c), out, f.out_stride);
+          output_tile<T, R, true, Fetch>(p, kPitch * kWeightBytes, at, row, n, fetched, static_cast<int>(f.a.dv - c), out,
+                                         f.out_stride);
         }
       }
     });
@@ -199,85 +221,108 @@ void output_run(const Part& f, int64_t first, int64_t count) {
 
 bool plain(const Part& f) { return plain_scores(f.a) && f.a.k.dtype != DType::s8; }
 
-// Row r's products, from key `lo` to `hi` of the part, to base-2 exponents.
-void adjust_scores(const Part& f, int64_t r, int64_t lo, int64_t hi) {
+// Keys [lo, hi) of the part are visible to a row; the other scores are hidden, up to a whole vector.
+struct Seen {
+  int64_t lo, hi, end;
+};
+
+Seen seen_by(const Part& f, int64_t r) {
+  const Range seen = visible_keys(f.a, r % f.a.queries, f.a.queries, f.item.length);
+  const int64_t lo = min64(max64(seen.begin - f.item.keys.begin, 0), f.keys);
+  const int64_t hi = max64(min64(seen.end - f.item.keys.begin, f.keys), lo);
+  return {lo, hi, ceil_div(f.keys, kWidth) * kWidth};
+}
+
+void hide(float* row, const Seen& seen) {
+  for (int64_t j = 0; j < seen.lo; j++) row[j] = kHidden;
+  store(row + seen.hi, set1(kHidden));  // also where a vector that begins in the middle reads
+  for (int64_t j = seen.hi; j < seen.end; j += kWidth) store(row + j, set1(kHidden));
+}
+
+// Row r's products to base-2 exponents; returns the largest.
+Vec adjust_scores(const Part& f, int64_t r, const Seen& seen) {
   const Attention& a = f.a;
   const bool s8 = a.k.dtype == DType::s8;
   float* row = f.w.scores + r * kPitch;
   const int64_t head = f.item.kv_head * (a.heads / a.kv_heads) + r / a.queries, i = r % a.queries;
   const float unit = s8 ? a.scale * f.w.q_scale[r] : a.scale;
-  const float inner = a.softcap == 0.f ? unit * kLog2e : unit / a.softcap, outer = a.softcap * kLog2e;
-  const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + head] * kLog2e : 0.f;
+  const Vec inner = set1(a.softcap == 0.f ? unit * kLog2e : unit / a.softcap), outer = set1(a.softcap * kLog2e);
+  const Vec slope = set1(a.slopes ? -a.slopes[f.item.b * a.slopes_batch + head] * kLog2e : 0.f);
   const int64_t mask = f.item.b * a.mask.batch + head * a.mask.head + i * a.mask.row + f.item.keys.begin;
   const float at = static_cast<float>(f.item.keys.begin - i - (a.bottom_right ? f.item.length - a.queries : 0));
-  for (int64_t j = lo; j < hi; j += kWidth) {
-    Vec x = mul(load(row + j), set1(inner));
+  Vec largest = set1(kHidden);
+  int64_t j = seen.lo;
+  for (; j < seen.hi; j += kWidth) {
+    Vec x = mul(load(row + j), inner);
     if (s8) x = mul(x, load(f.w.k_scale + j));
-    if (a.softcap != 0.f) x = mul(vtanh(x), set1(outer));
+    if (a.softcap != 0.f) x = mul(vtanh(x), outer);
     if (a.mask.kind != MaskKind::none)
       x = add(x, mask_at_n(a.mask, mask + j, static_cast<int>(min64(kWidth, f.keys - j))));
-    if (a.slopes) x = fmadd(vabs(add(iota(), set1(at + static_cast<float>(j)))), set1(-slope), x);
+    if (a.slopes) x = fmadd(vabs(add(iota(), set1(at + static_cast<float>(j)))), slope, x);
     store(row + j, x);
+    if (j + kWidth <= seen.hi) largest = vmax(x, largest);
   }
-}
-
-// Weights of row r as 16-bit integers times w.weight_scale: each is off by at most 2⁻¹⁶ of the largest.
-void quantize_weights(const Part& f, int64_t r, int64_t end) {
-  float* row = f.w.scores + r * kPitch;
-  Vec largest = zero(), poison = zero();
-  for (int64_t j = 0; j < end; j += kWidth) {
-    const Vec x = mul(load(row + j), load(f.w.v_scale + j));
-    largest = vmax(largest, vabs(x));
-    poison = fmadd(x, zero(), poison);
-    store(row + j, x);
-  }
-  const float most = __builtin_fmaxf(reduce_max(largest), 0x1p-100f), inverse = 32767.f / most;
-  f.w.weight_scale[r] = reduce_add(poison) == 0.f ? most / 32767.f : __builtin_nanf("");
-  uint16_t* out = reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch;
-  for (int64_t j = 0; j < end; j += kWidth) narrow_u16(out + j, to_int(mul(load(row + j), set1(inverse))));
+  hide(row, seen);
+  return j > seen.hi ? vmax(load(row + j - kWidth), largest) : largest;
 }
 
 template <DType T>
 void soften(const Part& f, int64_t r) {
   constexpr DType kWeight = ValueDot<T>::kWeight;
   float* row = f.w.scores + r * kPitch;
-  const Range seen = visible_keys(f.a, r % f.a.queries, f.a.queries, f.item.length);
-  const int64_t lo = min64(max64(seen.begin - f.item.keys.begin, 0), f.keys);
-  const int64_t hi = max64(min64(seen.end - f.item.keys.begin, f.keys), lo), end = ceil_div(f.keys, kWidth) * kWidth;
-  float factor = f.a.scale * kLog2e;
-  if (!plain(f)) {
-    adjust_scores(f, r, lo, hi);
-    factor = 1.f;
-  }
-  for (int64_t j = 0; j < lo; j++) row[j] = kHidden;
-  for (int64_t j = hi; j < end; j++) row[j] = kHidden;
-
+  const Seen seen = seen_by(f, r);
+  const bool is_plain = plain(f);
   Vec m = set1(kHidden), sum = zero();
-  for (int64_t j = 0; j < end; j += kWidth) m = vmax(load(row + j), m);
+  if (is_plain) {
+    hide(row, seen);
+    for (int64_t j = 0; j < seen.end; j += kWidth) m = vmax(load(row + j), m);
+  } else {
+    m = adjust_scores(f, r, seen);
+  }
+  const float factor = is_plain ? f.a.scale * kLog2e : 1.f;
   const float largest = reduce_max(m) * factor, base = largest == kHidden ? 0.f : largest;
-  for (int64_t j = 0; j < end; j += kWidth) {
+  const char* soon = f.values_soon + r * seen.end * (kFetchedLines * 64 / kWidth);
+  for (int64_t j = 0; j < seen.end; j += kWidth, soon += kFetchedLines * 64) {
+    for (int64_t n = 0; n < kFetchedLines; n++) __builtin_prefetch(soon + 64 * n, 0, 2);
     const Vec x = fmadd(load(row + j), set1(factor), set1(-base));
     const Vec e = kWeight == DType::bf16 ? vexp2_bf16(x) : vexp2(x);
     sum = add(sum, e);
     if constexpr (kWeight == DType::bf16) {
       store_bf16(reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch + j, e);
+    } else if constexpr (kWeight == DType::s8) {
+      narrow_u16(reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch + j, to_int(mul(e, load(f.w.v_scale + j))));
     } else {
       store(row + j, e);
     }
   }
-  f.w.largest[r] = largest;
-  f.w.sum[r] = reduce_add(sum);
-  if constexpr (kWeight == DType::s8) quantize_weights(f, r, end);
+  float* partial = f.item.partial + f.padded * f.out_stride + r;
+  partial[0] = largest;
+  partial[f.padded] = reduce_add(sum);
+}
+
+// The scales of a part's keys; those of its values as what turns a probability into a 16-bit weight. Returns what such a
+// weight stands for, NaN if a scale is not finite.
+float prepare_scales(const Part& f) {
+  gather_scales(f, f.p.k_scale, f.w.k_scale);
+  gather_scales(f, f.p.v_scale, f.w.v_scale);
+  const int64_t end = ceil_div(f.keys, kWidth) * kWidth;
+  for (int64_t j = f.keys; j < end; j++) f.w.v_scale[j] = 0.f;
+  Vec largest = zero(), poison = zero();
+  for (int64_t j = 0; j < end; j += kWidth) {
+    const Vec x = load(f.w.v_scale + j);
+    largest = vmax(vabs(x), largest);
+    poison = fmadd(x, zero(), poison);
+  }
+  const float most = __builtin_fmaxf(reduce_max(largest), 0x1p-100f);
+  for (int64_t j = 0; j < end; j += kWidth)
+    store(f.w.v_scale + j, mul(load(f.w.v_scale + j), set1(32767.f / most)));
+  return reduce_add(poison) == 0.f ? most / 32767.f : __builtin_nanf("");
 }
 
 template <DType T>
 void attend(const Part& f) {
   constexpr DType kWeight = ValueDot<T>::kWeight;
-  if constexpr (T == DType::s8) {
-    gather_scales(f, f.p.k_scale, f.w.k_scale);
-    gather_scales(f, f.p.v_scale, f.w.v_scale);
-    for (int64_t j = f.keys; j < ceil_div(f.keys, kWidth) * kWidth; j++) f.w.v_scale[j] = 0.f;
-  }
+  const float unit = T == DType::s8 ? prepare_scales(f) : 1.f;
   prepare_queries<T>(f);
   for_each_run(f, [&](int64_t first, int64_t count) { score_run<T>(f, first, count); });
   for (int64_t r = 0; r < f.rows; r++) soften<T>(f, r);
@@ -286,10 +331,9 @@ void attend(const Part& f) {
   std::memset(f.w.p + f.rows * weights, 0, (f.padded - f.rows) * weights);
   std::memset(f.w.out, 0, f.padded * f.out_stride * 4);
   for_each_run(f, [&](int64_t first, int64_t count) { output_run<T>(f, first, count); });
-  if constexpr (kWeight != DType::f32)
-    for (int64_t r = 0; r < f.rows; r++)
-      for (int64_t c = 0; c < f.a.dv; c += 16 * ValueDot<T>::kVecs)
-        ValueDot<T>::finish(f.w.out + r * f.out_stride + c, set1(T == DType::s8 ? f.w.weight_scale[r] : 1.f));
+  for (int64_t r = 0; r < f.rows; r++)
+    for (int64_t c = 0; c < f.a.dv; c += 16 * ValueDot<T>::kVecs)
+      ValueDot<T>::finish(f.w.out + r * f.out_stride + c, set1(unit), f.item.partial + r * f.out_stride + c);
 }
 
 const char* const kNames[] = {"attention_decode_f32." PBM_TIER_NAME, "attention_decode_bf16." PBM_TIER_NAME,
@@ -335,10 +379,11 @@ void merge_row(const AttentionDecode& p, const DecodeItem* items, int64_t count,
 
 }  // namespace
 
-void attention_decode(const AttentionDecode& p, const DecodeItem& item, const DecodeItem*) {
+void attention_decode(const AttentionDecode& p, const DecodeItem& item, const DecodeItem* next) {
   note_kernel(kNames[static_cast<int>(p.a.k.dtype)]);
-  Part f{p, p.a, item, decode_rows(p.a), decode_padded_rows(p.a), item.keys.end - item.keys.begin,
-         decode_out_stride(p.a), {}};
+  Part f{p, p.a, item, next, decode_rows(p.a), decode_padded_rows(p.a), item.keys.end - item.keys.begin,
+         decode_out_stride(p.a), nullptr, {}};
+  f.values_soon = soon_of(f, kValueBytes / (p.a.dv * size_of(p.a.v.dtype)), false).at;
   f.w = carve(f);
   if (p.a.k.dtype == DType::s8) return attend<DType::s8>(f);
   if constexpr (KeyDot<DType::bf16>::kQuery == DType::f32) f.w.p = reinterpret_cast<char*>(f.w.scores);

@@ -149,8 +149,8 @@ struct ValueDot {
     return set1(w);
   }
   PBM_INLINE Acc step(Acc c, X w, X v) { return fmadd(w, v, c); }
-  // Columns in order, as fp32 times `scale`.
-  PBM_INLINE void finish(float*, Vec) {}
+  // kVecs accumulators' columns in order, as fp32 times `scale`.
+  PBM_INLINE void finish(const float* p, Vec, float* out) { store(out, load(p)); }
 };
 
 PBM_INLINE int32_t weight_pair(const char* p, bool first_only) {
@@ -205,11 +205,11 @@ struct ValueDot<DType::bf16> {
   }
   PBM_INLINE X weight(const char* p, bool first_only) { return _mm512_set1_epi32(weight_pair(p, first_only)); }
   PBM_INLINE Acc step(Acc c, X w, X v) { return {_mm512_dpbf16_ps(c.v, (__m512bh)w, (__m512bh)v)}; }
-  PBM_INLINE void finish(float* p, Vec scale) {
+  PBM_INLINE void finish(const float* p, Vec scale, float* out) {
     __m512i first, second;
     in_order(iload(p).v, iload(p + 16).v, &first, &second);
-    store(p, mul({_mm512_castsi512_ps(first)}, scale));
-    store(p + 16, mul({_mm512_castsi512_ps(second)}, scale));
+    store(out, mul({_mm512_castsi512_ps(first)}, scale));
+    store(out + 16, mul({_mm512_castsi512_ps(second)}, scale));
   }
 };
 #endif
@@ -224,7 +224,11 @@ PBM_INLINE Words words(const char* p) {
 }
 PBM_INLINE Words words_n(const char* p, int n) { return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask32(n), p))}; }
 PBM_INLINE Words load_words(const char* p) { return {_mm512_loadu_si512(p)}; }
-PBM_INLINE IVec dot_words(IVec c, Words a, Words b) { return {_mm512_dpwssd_epi32(c.v, a.v, b.v)}; }
+// In assembly: from the intrinsic gcc 12 copies accumulators about, and keeps some of them on the stack.
+PBM_INLINE IVec dot_words(IVec c, Words a, Words b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(b.v));
+  return c;
+}
 #elif PBM_TIER_LEVEL == 1
 struct Words {
   __m256i lo, hi;
@@ -301,11 +305,11 @@ struct ValueDot<DType::s8> {
     x[0].v = pairs[0];
     x[1].v = pairs[1];
   }
-  PBM_INLINE void finish(float* p, Vec scale) {
+  PBM_INLINE void finish(const float* p, Vec scale, float* out) {
     IVec first, second;
     in_order(iload(p).v, iload(p + 16).v, &first.v, &second.v);
-    store(p, mul(to_float(first), scale));
-    store(p + 16, mul(to_float(second), scale));
+    store(out, mul(to_float(first), scale));
+    store(out + 16, mul(to_float(second), scale));
   }
 #elif PBM_TIER_LEVEL == 1
   PBM_INLINE X weight(const char* p, bool first_only) {
@@ -317,11 +321,11 @@ struct ValueDot<DType::s8> {
     x[0] = {_mm256_unpacklo_epi16(a.lo, b.lo), _mm256_unpackhi_epi16(a.lo, b.lo)};
     x[1] = {_mm256_unpacklo_epi16(a.hi, b.hi), _mm256_unpackhi_epi16(a.hi, b.hi)};
   }
-  PBM_INLINE void finish(float* p, Vec scale) {
-    for (int i = 0; i < 2; i++, p += 16) {
-      const IVec a = iload(p);
+  PBM_INLINE void finish(const float* p, Vec scale, float* out) {
+    for (int i = 0; i < 2; i++) {
+      const IVec a = iload(p + 16 * i);
       const IVec ordered = {_mm256_permute2x128_si256(a.lo, a.hi, 0x20), _mm256_permute2x128_si256(a.lo, a.hi, 0x31)};
-      store(p, mul(to_float(ordered), scale));
+      store(out + 16 * i, mul(to_float(ordered), scale));
     }
   }
 #else
@@ -338,18 +342,25 @@ struct ValueDot<DType::s8> {
       x[i / 16].v[2 * (i % 16) + 1] = b.v[i];
     }
   }
-  PBM_INLINE void finish(float* p, Vec scale) {
-    for (int i = 0; i < 2; i++, p += 16) store(p, mul(to_float(iload(p)), scale));
+  PBM_INLINE void finish(const float* p, Vec scale, float* out) {
+    for (int i = 0; i < 2; i++) store(out + 16 * i, mul(to_float(iload(p + 16 * i)), scale));
   }
 #endif
 };
 
 // --- tiles -----------------------------------------------------------------------------------------------------------
 
+// Rows that are wanted soon: each tile fetches as many of them as it reads, cache line by cache line.
+struct Soon {
+  const char* at;
+  int64_t row;
+};
+
 // Scores of R rows of queries (kQueryBytes apart) and kTileScores/R keys, `row` bytes apart. Keys from `keys` on do not
 // exist (Clamp): their scores, which are written too, mean nothing.
-template <DType T, int R, bool Clamp>
-PBM_INLINE void score_tile(const char* q, const char* k, int64_t row, int64_t keys, int64_t d, float* s, int64_t pitch) {
+template <DType T, int R, bool Clamp, bool Fetch>
+PBM_INLINE void score_tile(const char* q, const char* k, int64_t row, int64_t keys, Soon soon, int64_t d, float* s,
+                           int64_t pitch) {
   using D = KeyDot<T>;
   constexpr int kKeys = kTileScores / R, kStep = kKeys < 4 ? kKeys : 4;
   constexpr int64_t kBytes = D::kChunk * size_of(T);
@@ -368,16 +379,22 @@ PBM_INLINE void score_tile(const char* q, const char* k, int64_t row, int64_t ke
         PBM_UNROLL for (int j = 0; j < kStep; j++) acc[r * kKeys + g + j] = D::step(acc[r * kKeys + g + j], y, x[j]);
       }
     };
-    for (int64_t bytes = 0; bytes < whole; bytes += kBytes) chunk(bytes, 0);
+    int64_t bytes = 0;
+    for (; bytes + 64 <= whole; bytes += 64) {
+      if constexpr (Fetch)
+        PBM_UNROLL for (int j = 0; j < kStep; j++) __builtin_prefetch(soon.at + (g + j) * soon.row + bytes, 0, 3);
+      PBM_UNROLL for (int64_t b = 0; b < 64; b += kBytes) chunk(bytes + b, 0);
+    }
+    if (kBytes < 64 && bytes < whole) chunk(bytes, 0);
     if (tail) chunk(whole, tail);
   }
   put_scores<R>(acc, s, pitch);
 }
 
 // out += p·v for R rows and kTileVecs·16 columns (Tail: the first `columns` of them) over `keys` keys.
-template <DType T, int R, bool Tail>
-PBM_INLINE void output_tile(const char* p, int64_t p_row, const char* v, int64_t row, int64_t keys, int columns, float* out,
-                            int64_t out_stride) {
+template <DType T, int R, bool Tail, bool Fetch>
+PBM_INLINE void output_tile(const char* p, int64_t p_row, const char* v, int64_t row, int64_t keys, Soon soon, int columns,
+                            float* out, int64_t out_stride) {
   using D = ValueDot<T>;
   constexpr int kColumns = 16 * D::kVecs, kBytes = kColumns * static_cast<int>(size_of(T));
   constexpr int kWeightBytes = D::kWeight == DType::f32 ? 4 : 2;
@@ -400,7 +417,14 @@ PBM_INLINE void output_tile(const char* p, int64_t p_row, const char* v, int64_t
     }
   };
   int64_t j = 0;
-  for (; j + D::kKeys <= keys; j += D::kKeys, v += D::kKeys * row) step(v, v + row, j, false);
+  for (; j + D::kKeys <= keys; j += D::kKeys, v += D::kKeys * row) {
+    step(v, v + row, j, false);
+    if constexpr (Fetch) {
+      PBM_UNROLL for (int i = 0; i < D::kKeys; i++) PBM_UNROLL for (int b = 0; b < kTileVecs / D::kVecs * kBytes; b += 64)
+        __builtin_prefetch(soon.at + i * soon.row + b, 0, 3);
+      soon.at += D::kKeys * soon.row;
+    }
+  }
   if (D::kKeys == 2 && j < keys) step(v, v, j, true);
   PBM_UNROLL for (int r = 0; r < R; r++) PBM_UNROLL for (int n = 0; n < kTileVecs; n++)
     D::put(out + r * out_stride + 16 * n, acc[r][n]);

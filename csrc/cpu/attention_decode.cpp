@@ -97,9 +97,11 @@ struct Caches {
   const std::optional<Tensor>&k_scale, &v_scale, &block_table;
 };
 
-void check_scale(const char* op, const char* name, const std::optional<Tensor>& scale, const Caches& c, const Tensor& q) {
+void check_scale(const char* op, const char* name, const std::optional<Tensor>& scale, const Caches& c,
+                 const Tensor& q) {
   const bool wanted = c.k.scalar_type() == ScalarType::Char;
-  STD_TORCH_CHECK(scale.has_value() == wanted, op, ": ", name, wanted ? " must be given beside" : " must not be given beside",
+  STD_TORCH_CHECK(scale.has_value() == wanted, op, ": ", name,
+                  wanted ? " must be given beside" : " must not be given beside",
                   wanted ? " an int8 cache" : " a floating cache");
   if (!scale) return;
   check_dtype(op, name, *scale, ScalarType::Float);
@@ -172,7 +174,8 @@ Slots slots_of(const char* op, const Caches& c, const Tensor& cache_seqlens, int
   for (int64_t b = 0; b < s.seqlens.size(0); b++) {
     const int64_t length = lengths[b] + new_tokens;
     STD_TORCH_CHECK(lengths[b] >= 0 && length <= room, op, ": cache_seqlens must be in 0..", room - new_tokens,
-                    " for a cache of ", room, " tokens and ", new_tokens, " new ones, got ", lengths[b], " of sequence ", b);
+                    " for a cache of ", room, " tokens and ", new_tokens, " new ones, got ", lengths[b],
+                    " of sequence ", b);
     for (int64_t n = 0; s.block_table && n * keys < length; n++) {
       const int32_t block = s.block_table[b * s.table_row + n];
       STD_TORCH_CHECK(block >= 0 && block < c.k.size(0), op, ": block_table must hold blocks in 0..", c.k.size(0) - 1,
@@ -225,9 +228,9 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k_cac
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   a.lse_head = a.queries;
   a.lse_batch = heads * a.queries;
-  run_attention_decode({a, scales_of("k_scale", k_scale), scales_of("v_scale", v_scale), slots.block_table,
-                        slots.table_row},
-                       slots.lengths);
+  run_attention_decode(
+      {a, scales_of("k_scale", k_scale), scales_of("v_scale", v_scale), slots.block_table, slots.table_row},
+      slots.lengths);
   return {out, lse};
 }
 
@@ -243,7 +246,8 @@ void append_token(const Append& to, const Slots& slots, int64_t b, int64_t h, in
   const int64_t keys = c.size(2), at = slots.lengths[b] - x.size(2) + i, d = x.size(3);
   const int64_t block = slots.block_table ? slots.block_table[b * slots.table_row + at / keys] : b;
   const int64_t size = size_of(dtype_of(x)), slot = block * c.stride(0) + h * c.stride(1) + at % keys * c.stride(2);
-  const char* from = static_cast<const char*>(x.const_data_ptr()) + (b * x.stride(0) + h * x.stride(1) + i * x.stride(2)) * size;
+  const char* from =
+      static_cast<const char*>(x.const_data_ptr()) + (b * x.stride(0) + h * x.stride(1) + i * x.stride(2)) * size;
   if (!scale) {
     std::memcpy(static_cast<char*>(cache) + slot * size, from, d * size);
     return;
@@ -280,10 +284,10 @@ void check_new_tokens(const char* op, const char* name, const Tensor& t, const c
   check_dim(op, name, t, 4);
   check_dtype(op, name, t, k.scalar_type());
   check_same_device(op, name, t, k);
-  STD_TORCH_CHECK(t.size(0) == k.size(0) && t.size(1) == cache.size(1) && t.size(2) == k.size(2) &&
-                      t.size(3) == cache.size(3),
-                  op, ": ", name, " must have shape (", k.size(0), ", ", cache.size(1), ", ", k.size(2), ", ",
-                  cache.size(3), ") to go into ", cache_name, ", got ", shape_of(t));
+  STD_TORCH_CHECK(
+      t.size(0) == k.size(0) && t.size(1) == cache.size(1) && t.size(2) == k.size(2) && t.size(3) == cache.size(3), op,
+      ": ", name, " must have shape (", k.size(0), ", ", cache.size(1), ", ", k.size(2), ", ", cache.size(3),
+      ") to go into ", cache_name, ", got ", shape_of(t));
 }
 
 void attention_append_(const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& k_scale,

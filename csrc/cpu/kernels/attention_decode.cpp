@@ -14,19 +14,18 @@ constexpr int64_t kPitch = kSplitKeys + 16;  // of a row of scores: a tile write
 constexpr int64_t kScoreKeys = 16;           // keys that pass by all rows at once: a multiple of every tile's
 constexpr int64_t kValueBytes = 8192;        // of values that stay in L1 while all rows and columns pass by
 constexpr int64_t kAheadBytes = 8192;        // how far ahead keys are fetched
-constexpr int64_t kFetchedLines = 2;         // of values for 16 scores of the softmax, which would leave memory idle
 
 PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 PBM_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One item's working memory; every array has room for the padded rows.
 struct Work {
-  char* q;                     // rows of kQueryBytes
-  float* scores;               // rows of kPitch
-  char* p;                     // the scores' place, or 16-bit weights: rows of kPitch
-  float* q_scale;              // s8: what a row's 16-bit integers stand for
-  float *k_scale, *v_scale;    // s8: of the keys; of the values, times what a weight of 1 is as an integer
-  float* out;                  // accumulators: rows of out_stride. Not in the item's partial, which is cold
+  char* q;                   // rows of kQueryBytes
+  float* scores;             // rows of kPitch
+  char* p;                   // the scores' place, or 16-bit weights: rows of kPitch
+  float* q_scale;            // s8: what a row's 16-bit integers stand for
+  float *k_scale, *v_scale;  // s8: of the keys; of the values, times what a weight of 1 is as an integer
+  float* out;                // accumulators: rows of out_stride. Not in the item's partial, which is cold
 };
 
 struct Part {
@@ -36,7 +35,6 @@ struct Part {
   const DecodeItem* next;
   int64_t rows, padded, keys;  // of this part
   int64_t out_stride;
-  const char* values_soon;  // what is fetched during the softmax
   Work w;
 };
 
@@ -79,8 +77,7 @@ PBM_INLINE void for_each_run(const Part& f, const F& body) {
 void gather_scales(const Part& f, const CacheScales& s, float* out) {
   for_each_run(f, [&](int64_t first, int64_t count) {
     const int64_t j = f.item.keys.begin + first;
-    const float* at =
-        s.data + block_of(f.p, f.item.b, j) * s.batch + f.item.kv_head * s.head + j % f.a.keys * s.row;
+    const float* at = s.data + block_of(f.p, f.item.b, j) * s.batch + f.item.kv_head * s.head + j % f.a.keys * s.row;
     for (int64_t n = 0; n < count; n++) out[first + n] = at[n * s.row];
   });
 }
@@ -115,9 +112,12 @@ void quantize_query(const Part& f, int64_t r, char* out) {
 template <DType T>
 void prepare_queries(const Part& f) {
   constexpr DType kQuery = KeyDot<T>::kQuery;
-  std::memset(f.w.q, 0, f.padded * kQueryBytes);
+  constexpr int64_t kSize = kQuery == DType::f32 ? 4 : 2;
+  const int64_t used = ceil_div(f.a.d, KeyDot<T>::kChunk) * KeyDot<T>::kChunk * kSize;
+  for (int64_t r = f.rows; r < f.padded; r++) std::memset(f.w.q + r * kQueryBytes, 0, used);
   for (int64_t r = 0; r < f.rows; r++) {
     char* out = f.w.q + r * kQueryBytes;
+    if (used > f.a.d * kSize) std::memset(out + f.a.d * kSize, 0, used - f.a.d * kSize);
     if constexpr (kQuery == DType::s8) {
       with_float_dtype(f.a.q.dtype, [&]<DType Q>() { quantize_query<Q>(f, r, out); });
     } else if constexpr (kQuery == DType::bf16) {
@@ -151,7 +151,7 @@ PBM_INLINE void for_each_tile(const Part& f, const F& body) {
 
 // What lies `j` keys behind the part's first: its own keys (of scores) and values, then the next part's keys.
 Soon soon_of(const Part& f, int64_t j, bool scores) {
-  const AttentionOperand *x = scores ? &f.a.k : &f.a.v;
+  const AttentionOperand* x = scores ? &f.a.k : &f.a.v;
   const DecodeItem* item = &f.item;
   if (j >= f.keys) {
     j -= f.keys;
@@ -204,13 +204,14 @@ void output_run(const Part& f, int64_t first, int64_t count) {
         // In the order of memory, where rows lie end to end; else by columns, as they are read.
         constexpr int64_t kStrip = kColumns * size_of(T);
         const bool dense = soon.row == f.a.dv * size_of(T);
-        const Soon fetched = dense ? Soon{soon.at + c * size_of(T) * n, kStrip} : Soon{soon.at + c * size_of(T), soon.row};
+        const Soon fetched =
+            dense ? Soon{soon.at + c * size_of(T) * n, kStrip} : Soon{soon.at + c * size_of(T), soon.row};
         float* out = f.w.out + r * f.out_stride + c;
         if (f.a.dv - c >= kColumns) {
           output_tile<T, R, false, Fetch>(p, kPitch * kWeightBytes, at, row, n, fetched, 0, out, f.out_stride);
         } else {
-          output_tile<T, R, true, Fetch>(p, kPitch * kWeightBytes, at, row, n, fetched, static_cast<int>(f.a.dv - c), out,
-                                         f.out_stride);
+          output_tile<T, R, true, Fetch>(p, kPitch * kWeightBytes, at, row, n, fetched, static_cast<int>(f.a.dv - c),
+                                         out, f.out_stride);
         }
       }
     });
@@ -221,7 +222,7 @@ void output_run(const Part& f, int64_t first, int64_t count) {
 
 bool plain(const Part& f) { return plain_scores(f.a) && f.a.k.dtype != DType::s8; }
 
-// Keys [lo, hi) of the part are visible to a row; the other scores are hidden, up to a whole vector.
+// Keys [lo, hi) of the part are visible to a row; the other scores are hidden, up to a whole pair of vectors.
 struct Seen {
   int64_t lo, hi, end;
 };
@@ -230,7 +231,7 @@ Seen seen_by(const Part& f, int64_t r) {
   const Range seen = visible_keys(f.a, r % f.a.queries, f.a.queries, f.item.length);
   const int64_t lo = min64(max64(seen.begin - f.item.keys.begin, 0), f.keys);
   const int64_t hi = max64(min64(seen.end - f.item.keys.begin, f.keys), lo);
-  return {lo, hi, ceil_div(f.keys, kWidth) * kWidth};
+  return {lo, hi, ceil_div(f.keys, 2 * kWidth) * 2 * kWidth};
 }
 
 void hide(float* row, const Seen& seen) {
@@ -266,38 +267,62 @@ Vec adjust_scores(const Part& f, int64_t r, const Seen& seen) {
   return j > seen.hi ? vmax(load(row + j - kWidth), largest) : largest;
 }
 
-template <DType T>
-void soften(const Part& f, int64_t r) {
-  constexpr DType kWeight = ValueDot<T>::kWeight;
+// Of row r: what its scores are multiplied with, and the largest of the products.
+struct Largest {
+  float factor, value;
+};
+
+Largest largest_of(const Part& f, int64_t r) {
   float* row = f.w.scores + r * kPitch;
   const Seen seen = seen_by(f, r);
-  const bool is_plain = plain(f);
-  Vec m = set1(kHidden), sum = zero();
-  if (is_plain) {
-    hide(row, seen);
-    for (int64_t j = 0; j < seen.end; j += kWidth) m = vmax(load(row + j), m);
+  if (!plain(f)) return {1.f, reduce_max(adjust_scores(f, r, seen))};
+  hide(row, seen);
+  Vec m[2] = {set1(kHidden), set1(kHidden)};
+  for (int64_t j = 0; j < seen.end; j += 2 * kWidth) {
+    m[0] = vmax(load(row + j), m[0]);
+    m[1] = vmax(load(row + j + kWidth), m[1]);  // hidden, where it lies behind the end
+  }
+  const float factor = f.a.scale * kLog2e;
+  return {factor, reduce_max(vmax(m[0], m[1])) * factor};
+}
+
+template <DType T>
+PBM_INLINE Vec weights_of(const Part& f, int64_t r, int64_t j, Vec factor, Vec base) {
+  constexpr DType kWeight = ValueDot<T>::kWeight;
+  float* row = f.w.scores + r * kPitch + j;
+  uint16_t* p = reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch + j;
+  const Vec x = fmadd(load(row), factor, base);
+  const Vec e = kWeight == DType::bf16 ? vexp2_bf16(x) : vexp2(x);
+  if constexpr (kWeight == DType::bf16) {
+    store_bf16(p, e);
+  } else if constexpr (kWeight == DType::s8) {
+    narrow_u16(p, to_int(mul(e, load(f.w.v_scale + j))));
   } else {
-    m = adjust_scores(f, r, seen);
+    store(row, e);
   }
-  const float factor = is_plain ? f.a.scale * kLog2e : 1.f;
-  const float largest = reduce_max(m) * factor, base = largest == kHidden ? 0.f : largest;
-  const char* soon = f.values_soon + r * seen.end * (kFetchedLines * 64 / kWidth);
-  for (int64_t j = 0; j < seen.end; j += kWidth, soon += kFetchedLines * 64) {
-    for (int64_t n = 0; n < kFetchedLines; n++) __builtin_prefetch(soon + 64 * n, 0, 2);
-    const Vec x = fmadd(load(row + j), set1(factor), set1(-base));
-    const Vec e = kWeight == DType::bf16 ? vexp2_bf16(x) : vexp2(x);
-    sum = add(sum, e);
-    if constexpr (kWeight == DType::bf16) {
-      store_bf16(reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch + j, e);
-    } else if constexpr (kWeight == DType::s8) {
-      narrow_u16(reinterpret_cast<uint16_t*>(f.w.p) + r * kPitch + j, to_int(mul(e, load(f.w.v_scale + j))));
-    } else {
-      store(row + j, e);
+  return e;
+}
+
+// Scores to weights, all maxima before the first exponential: what they wait for then overlaps.
+template <DType T>
+void soften(const Part& f) {
+  const int64_t end = ceil_div(f.keys, 2 * kWidth) * 2 * kWidth;
+  float* largest = f.item.partial + f.padded * f.out_stride;
+  float* sum = largest + f.padded;
+  for (int64_t r = 0; r < f.rows; r++) {
+    const Largest l = largest_of(f, r);
+    largest[r] = l.value;
+    sum[r] = l.factor;
+  }
+  for (int64_t r = 0; r < f.rows; r++) {
+    const Vec factor = set1(sum[r]), base = set1(largest[r] == kHidden ? 0.f : -largest[r]);
+    Vec s[2] = {zero(), zero()};
+    for (int64_t j = 0; j < end; j += 2 * kWidth) {
+      s[0] = add(s[0], weights_of<T>(f, r, j, factor, base));
+      s[1] = add(s[1], weights_of<T>(f, r, j + kWidth, factor, base));
     }
+    sum[r] = reduce_add(add(s[0], s[1]));
   }
-  float* partial = f.item.partial + f.padded * f.out_stride + r;
-  partial[0] = largest;
-  partial[f.padded] = reduce_add(sum);
 }
 
 // The scales of a part's keys; those of its values as what turns a probability into a 16-bit weight. Returns what such a
@@ -305,7 +330,7 @@ void soften(const Part& f, int64_t r) {
 float prepare_scales(const Part& f) {
   gather_scales(f, f.p.k_scale, f.w.k_scale);
   gather_scales(f, f.p.v_scale, f.w.v_scale);
-  const int64_t end = ceil_div(f.keys, kWidth) * kWidth;
+  const int64_t end = ceil_div(f.keys, 2 * kWidth) * 2 * kWidth;
   for (int64_t j = f.keys; j < end; j++) f.w.v_scale[j] = 0.f;
   Vec largest = zero(), poison = zero();
   for (int64_t j = 0; j < end; j += kWidth) {
@@ -314,8 +339,7 @@ float prepare_scales(const Part& f) {
     poison = fmadd(x, zero(), poison);
   }
   const float most = __builtin_fmaxf(reduce_max(largest), 0x1p-100f);
-  for (int64_t j = 0; j < end; j += kWidth)
-    store(f.w.v_scale + j, mul(load(f.w.v_scale + j), set1(32767.f / most)));
+  for (int64_t j = 0; j < end; j += kWidth) store(f.w.v_scale + j, mul(load(f.w.v_scale + j), set1(32767.f / most)));
   return reduce_add(poison) == 0.f ? most / 32767.f : __builtin_nanf("");
 }
 
@@ -325,7 +349,7 @@ void attend(const Part& f) {
   const float unit = T == DType::s8 ? prepare_scales(f) : 1.f;
   prepare_queries<T>(f);
   for_each_run(f, [&](int64_t first, int64_t count) { score_run<T>(f, first, count); });
-  for (int64_t r = 0; r < f.rows; r++) soften<T>(f, r);
+  soften<T>(f);
   // Rows that pad a tile have weights too: zeros.
   const int64_t weights = kPitch * (kWeight == DType::f32 ? 4 : 2);
   std::memset(f.w.p + f.rows * weights, 0, (f.padded - f.rows) * weights);
@@ -337,8 +361,7 @@ void attend(const Part& f) {
 }
 
 const char* const kNames[] = {"attention_decode_f32." PBM_TIER_NAME, "attention_decode_bf16." PBM_TIER_NAME,
-                              "attention_decode_f16." PBM_TIER_NAME, "",
-                              "attention_decode_s8." PBM_TIER_NAME};
+                              "attention_decode_f16." PBM_TIER_NAME, "", "attention_decode_s8." PBM_TIER_NAME};
 
 // --- merging ---------------------------------------------------------------------------------------------------------
 
@@ -381,9 +404,15 @@ void merge_row(const AttentionDecode& p, const DecodeItem* items, int64_t count,
 
 void attention_decode(const AttentionDecode& p, const DecodeItem& item, const DecodeItem* next) {
   note_kernel(kNames[static_cast<int>(p.a.k.dtype)]);
-  Part f{p, p.a, item, next, decode_rows(p.a), decode_padded_rows(p.a), item.keys.end - item.keys.begin,
-         decode_out_stride(p.a), nullptr, {}};
-  f.values_soon = soon_of(f, kValueBytes / (p.a.dv * size_of(p.a.v.dtype)), false).at;
+  Part f{p,
+         p.a,
+         item,
+         next,
+         decode_rows(p.a),
+         decode_padded_rows(p.a),
+         item.keys.end - item.keys.begin,
+         decode_out_stride(p.a),
+         {}};
   f.w = carve(f);
   if (p.a.k.dtype == DType::s8) return attend<DType::s8>(f);
   if constexpr (KeyDot<DType::bf16>::kQuery == DType::f32) f.w.p = reinterpret_cast<char*>(f.w.scores);

@@ -371,9 +371,12 @@ PBM_INLINE void score_tile(const char* q, const char* k, int64_t row, int64_t ke
   PBM_UNROLL for (int g = 0; g < kKeys; g += kStep) {
     const char* at[kStep];
     PBM_UNROLL for (int j = 0; j < kStep; j++) at[j] = k + (Clamp && g + j >= keys ? keys - 1 : g + j) * row;
-    const auto chunk = [&](int64_t bytes, int n) __attribute__((always_inline)) {
+    const auto chunk = [&](int64_t bytes, int n, bool fetch) __attribute__((always_inline)) {
       typename D::X x[kStep];
-      PBM_UNROLL for (int j = 0; j < kStep; j++) x[j] = n ? D::key_n(at[j] + bytes, n) : D::key(at[j] + bytes);
+      PBM_UNROLL for (int j = 0; j < kStep; j++) {
+        x[j] = n ? D::key_n(at[j] + bytes, n) : D::key(at[j] + bytes);
+        if (Fetch && fetch) __builtin_prefetch(soon.at + (g + j) * soon.row + bytes, 0, 3);
+      }
       PBM_UNROLL for (int r = 0; r < R; r++) {
         const typename D::X y = D::query(q + r * kQueryBytes + bytes / kBytes * 64);
         PBM_UNROLL for (int j = 0; j < kStep; j++) acc[r * kKeys + g + j] = D::step(acc[r * kKeys + g + j], y, x[j]);
@@ -381,12 +384,10 @@ PBM_INLINE void score_tile(const char* q, const char* k, int64_t row, int64_t ke
     };
     int64_t bytes = 0;
     for (; bytes + 64 <= whole; bytes += 64) {
-      if constexpr (Fetch)
-        PBM_UNROLL for (int j = 0; j < kStep; j++) __builtin_prefetch(soon.at + (g + j) * soon.row + bytes, 0, 3);
-      PBM_UNROLL for (int64_t b = 0; b < 64; b += kBytes) chunk(bytes + b, 0);
+      PBM_UNROLL for (int64_t b = 0; b < 64; b += kBytes) chunk(bytes + b, 0, b == 0);
     }
-    if (kBytes < 64 && bytes < whole) chunk(bytes, 0);
-    if (tail) chunk(whole, tail);
+    if (kBytes < 64 && bytes < whole) chunk(bytes, 0, true);
+    if (tail) chunk(whole, tail, true);
   }
   put_scores<R>(acc, s, pitch);
 }

@@ -226,8 +226,8 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k_cac
   Tensor out = empty_cpu(sizes, 4, q.scalar_type()), lse = empty_cpu(sizes, 3, ScalarType::Float);
   a.out = operand("out", out, &problem);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  a.lse_head = a.queries;
-  a.lse_batch = heads * a.queries;
+  a.row_head = a.queries;
+  a.row_batch = heads * a.queries;
   run_attention_decode(
       {a, scales_of("k_scale", k_scale), scales_of("v_scale", v_scale), slots.block_table, slots.table_row},
       slots.lengths);

@@ -38,7 +38,7 @@ struct Part {
   Work w;
 };
 
-Work carve(const Part& f) {
+Work carve(const Part& f, bool p_in_place) {
   const int64_t bytes = f.padded * (kQueryBytes + kPitch * 6 + f.out_stride * 4 + 4) + 2 * kPitch * 4;
   char* at = static_cast<char*>(scratch(ScratchSlot::attention, bytes));
   Work w;
@@ -49,6 +49,7 @@ Work carve(const Part& f) {
   w.k_scale = w.out + f.padded * f.out_stride;
   w.v_scale = w.k_scale + kPitch;
   w.q_scale = w.v_scale + kPitch;
+  if (p_in_place) w.p = reinterpret_cast<char*>(w.scores);
   return w;
 }
 
@@ -157,11 +158,11 @@ Soon soon_of(const Part& f, int64_t j, bool scores) {
     j -= f.keys;
     if (scores) {
       x = &f.a.v;
-    } else if (f.next) {
+    } else if (f.next && f.next->keys.begin < f.next->keys.end) {
       x = &f.a.k;
       item = f.next;
     }
-    j = max64(min64(j, item->keys.end - item->keys.begin - 1), 0);
+    j = min64(j, item->keys.end - item->keys.begin - 1);
   }
   return {row_of(f.p, *item, *x, item->keys.begin + j), x->row * size_of(x->dtype)};
 }
@@ -344,8 +345,9 @@ float prepare_scales(const Part& f) {
 }
 
 template <DType T>
-void attend(const Part& f) {
+void attend(Part& f) {
   constexpr DType kWeight = ValueDot<T>::kWeight;
+  f.w = carve(f, kWeight == DType::f32);
   const float unit = T == DType::s8 ? prepare_scales(f) : 1.f;
   prepare_queries<T>(f);
   for_each_run(f, [&](int64_t first, int64_t count) { score_run<T>(f, first, count); });
@@ -363,43 +365,6 @@ void attend(const Part& f) {
 const char* const kNames[] = {"attention_decode_f32." PBM_TIER_NAME, "attention_decode_bf16." PBM_TIER_NAME,
                               "attention_decode_f16." PBM_TIER_NAME, "", "attention_decode_s8." PBM_TIER_NAME};
 
-// --- merging ---------------------------------------------------------------------------------------------------------
-
-struct RowParts {
-  float largest, sum;  // of all parts
-};
-
-// What row r of a part is multiplied with. A part that sees nothing has zeros, or NaN where a NaN is hidden: they stay.
-PBM_INLINE float factor_of(float largest, float of_all) {
-  if (largest == of_all) return 1.f;
-  return reduce_max(vexp2(set1(largest - of_all)));
-}
-
-void merge_row(const AttentionDecode& p, const DecodeItem* items, int64_t count, int64_t r) {
-  const Attention& a = p.a;
-  const int64_t stride = decode_out_stride(a), padded = decode_padded_rows(a);
-  float largest = kHidden, sum = 0.f;
-  for (int64_t n = 0; n < count; n++) largest = __builtin_fmaxf(largest, items[n].partial[padded * stride + r]);
-  alignas(64) float out[256 + kDecodeColumns] = {};
-  for (int64_t n = 0; n < count; n++) {
-    const float* part = items[n].partial;
-    const float factor = factor_of(part[padded * stride + r], largest);
-    sum += part[padded * (stride + 1) + r] * factor;
-    for (int64_t d = 0; d < a.dv; d += kWidth)
-      store(out + d, fmadd(load(part + r * stride + d), set1(factor), load(out + d)));
-  }
-  const int64_t head = items[0].kv_head * (a.heads / a.kv_heads) + r / a.queries, i = r % a.queries, b = items[0].b;
-  const Vec inverse = set1(sum == 0.f ? 0.f : 1.f / sum);
-  const int64_t at = b * a.out.batch + head * a.out.head + i * a.out.row;
-  with_float_dtype(a.out.dtype, [&]<DType T>() {
-    for (int64_t d = 0; d < a.dv; d += kWidth)
-      store16_n<T>(const_cast<void*>(a.out.data), at + d, mul(load(out + d), inverse),
-                   static_cast<int>(min64(kWidth, a.dv - d)));
-  });
-  if (a.lse)
-    a.lse[b * a.lse_batch + head * a.lse_head + i] = sum == 0.f ? kHidden : (largest + std::log2(sum)) / kLog2e;
-}
-
 }  // namespace
 
 void attention_decode(const AttentionDecode& p, const DecodeItem& item, const DecodeItem* next) {
@@ -413,15 +378,8 @@ void attention_decode(const AttentionDecode& p, const DecodeItem& item, const De
          item.keys.end - item.keys.begin,
          decode_out_stride(p.a),
          {}};
-  f.w = carve(f);
   if (p.a.k.dtype == DType::s8) return attend<DType::s8>(f);
-  if constexpr (KeyDot<DType::bf16>::kQuery == DType::f32) f.w.p = reinterpret_cast<char*>(f.w.scores);
-  if (p.a.k.dtype != DType::bf16) f.w.p = reinterpret_cast<char*>(f.w.scores);
   with_float_dtype(p.a.k.dtype, [&]<DType T>() { attend<T>(f); });
-}
-
-void attention_decode_merge(const AttentionDecode& p, const DecodeItem* items, int64_t count) {
-  for (int64_t r = 0; r < decode_rows(p.a); r++) merge_row(p, items, count, r);
 }
 
 }  // namespace pbm::PBM_TIER

@@ -299,7 +299,6 @@ void attention_append_(const Tensor& k_cache, const Tensor& v_cache, const std::
   check_new_tokens(op, "k", k, "k_cache", k_cache, k);
   check_new_tokens(op, "v", v, "v_cache", v_cache, k);
   const Slots slots = slots_of(op, caches, cache_seqlens, k.size(2));
-  AttentionProblem copies;
   for (const auto& [x, cache, scale] :
        {std::tuple<const Tensor&, const Tensor&, const std::optional<Tensor>&>{k, k_cache, k_scale},
         {v, v_cache, v_scale}}) {

@@ -258,10 +258,10 @@ def formula(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def kernel_of(case: Case) -> str:
-    """Of a forward pass without gradients and dropout, the tier left out."""
+    """Of a forward pass without gradients, the tier left out."""
     rows = case.q.shape[1] // case.k.shape[1] * case.q.shape[2]
     bf16 = case.q.dtype == torch.bfloat16
-    if rows > (8 if bf16 else 16):
+    if rows > (8 if bf16 else 16) or case.options.get("dropout_p"):
         return "attention_bf16" if bf16 else "attention_f32"
     return "attention_decode_" + {4: "f32", 2: "bf16" if bf16 else "f16"}[case.q.itemsize]
 

@@ -30,7 +30,12 @@ def register_transformers(name: str = "pybigmodel", *, precision: Precision | No
     :func:`pybigmodel.integrations.left_to_torch` counts it.
 
     Attention weights do not exist: ``output_attentions=True`` raises, and so do attention sinks
-    (gpt-oss) and paged caches of continuous batching; "eager" has them.
+    (gpt-oss), paged caches of continuous batching, and whatever else a model gives its attention
+    that would change the result, as the indices of sparse attention (DeepSeek V3.2); "eager" has
+    them.
+
+    Models of transformers that compute attention by themselves do not ask for any (Falcon, BLOOM,
+    GPT-J, MPT and DeBERTa, as of 5.23): they run as before.
 
     Args:
         name: for ``attn_implementation``; an implementation of that name is replaced.
@@ -56,7 +61,23 @@ def register_transformers(name: str = "pybigmodel", *, precision: Precision | No
             f"register_transformers: expected transformers 4.53 or later; {old}"
         ) from old
     AttentionInterface.register(name, _attention_forward(name, precision, sdpa_attention_forward))
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, _mask_function(sdpa_mask))
+
+
+def _mask_function(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """sdpa_mask, but a causal mask is left out only where it ends at the last key.
+
+    sdpa's own leaves it out for the prompt in an empty StaticCache too, aligned to the first key,
+    which is wrong once a model drops queries (Gemma 4 with logits_to_keep).
+    """
+
+    def mask(*, allow_is_causal_skip: bool = True, **options: Any) -> Tensor | None:
+        # transformers 4 says the positions of the queries, 5 their number.
+        queries = options["q_length"] if "q_length" in options else len(options["cache_position"])
+        at_the_end = queries == 1 or queries == options["kv_length"]
+        return sdpa_mask(allow_is_causal_skip=allow_is_causal_skip and at_the_end, **options)
+
+    return mask
 
 
 def _attention_forward(name: str, precision: Precision | None, substitute: Attend) -> Attend:
@@ -83,6 +104,8 @@ def _attention_forward(name: str, precision: Precision | None, substitute: Atten
         reason = why_left(query, key, value, mask, dropout, grouped=True)
         if reason is not None:
             note(f"transformers with {reason}")
+            if causal and query.shape[2] < key.shape[2]:  # which sdpa aligns to the first key
+                attention_mask = _causal_mask(query, key)
             options = {"position_bias": position_bias, "softcap": softcap, **kwargs}
             given = {option: value for option, value in options.items() if value is not None}
             return substitute(
@@ -102,9 +125,6 @@ def _attention_forward(name: str, precision: Precision | None, substitute: Atten
             value,
             attn_mask=mask,
             causal=causal,
-            # An empty StaticCache is longer than the prompt that is written to its begin; other
-            # caches come with a mask where they are longer.
-            causal_align="top_left",
             softcap=softcap or 0.0,
             dropout_p=dropout,
             scale=scaling,
@@ -116,19 +136,42 @@ def _attention_forward(name: str, precision: Precision | None, substitute: Atten
     return forward
 
 
+# What "eager" does not read either: of what the model's forward was given, and for other kernels.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("position_ids", "cache_position", "past_key_value", "past_key_values", "use_cache"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+        *("num_items_in_batch", "sliding_window", "seq_idx", "deterministic"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    }
+)
+_NAMED = {
+    "s_aux": "attention sinks (s_aux) are",
+    "cache": "the paged cache of continuous batching (cache) is",
+    "indices": "sparse attention (indices) is",
+    "block_indices": "sparse attention (block_indices) is",
+}
+
+
 def _refuse(name: str, kwargs: dict[str, Any]) -> None:
-    remedy = 'set_attn_implementation("eager") has them'
+    """Raise for what would change the result, and for what is not known not to."""
     if kwargs.get("output_attentions"):
         raise ValueError(
-            f"{name}: output_attentions=True, but no attention weights exist; {remedy}"
+            f"{name}: output_attentions=True, but no attention weights exist; "
+            'set_attn_implementation("eager") has them'
         )
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError(f"{name}: attention sinks (s_aux) are not implemented; {remedy}")
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError(
-            f"{name}: the paged cache of continuous batching is not implemented; "
-            'set_attn_implementation("sdpa") has it'
-        )
+    for option, value in kwargs.items():
+        if value is not None and value is not False and option not in _WITHOUT_EFFECT:
+            instead = "sdpa" if option == "cache" else "eager"
+            raise NotImplementedError(
+                f"{name}: {_NAMED.get(option, f'{option} is')} not implemented; "
+                f'set_attn_implementation("{instead}") instead'
+            )
+
+
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    return query.new_ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -243,14 +243,46 @@ def test_no_mask_is_made_in_vain(make: Make, calls) -> None:
         assert call["causal"] is (make is not bert)
 
 
-def test_an_empty_static_cache_needs_none_either(calls) -> None:
+def test_a_prompt_in_a_longer_cache_has_one(calls) -> None:
     _, fast = pair(llama)
     given = {"input_ids": torch.randint(1, VOCABULARY, (2, 9))}
     fast.generate(**given, max_new_tokens=2, do_sample=False, cache_implementation="static")
     prompt, step = calls[0], calls[2]
     assert prompt["q"].shape[2] == 9 < prompt["k"].shape[2]
-    assert prompt["attn_mask"] is None and prompt["causal"]
-    assert step["attn_mask"].dtype == torch.bool
+    assert prompt["attn_mask"].dtype == step["attn_mask"].dtype == torch.bool
+
+
+def gemma4(**options: Any) -> nn.Module:
+    """The last layers drop the queries whose logits are not wanted, and keep their keys."""
+    config = transformers.Gemma4TextConfig(
+        **GROUPED | {"num_hidden_layers": 4, "head_dim": 16},
+        global_head_dim=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=64,
+        **options,
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="newer transformers")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_queries_dropped_by_the_model(dtype: torch.dtype, calls) -> None:
+    eager, fast = (model.to(dtype) for model in pair(gemma4))
+    ids = torch.randint(1, VOCABULARY, (2, 20))
+    with torch.no_grad():
+        for keep in (1, 2, 5):
+            given = {"input_ids": ids, "logits_to_keep": keep}
+            got, expected = fast(**given).logits, eager(**given).logits
+            assert (got - expected).norm() < 1e-5 * expected.norm()  # eager's softmax is fp32
+            assert not calls or calls[-1]["q"].shape[2] == keep < calls[-1]["k"].shape[2]
+    assert bool(calls) == (dtype == torch.float32)
+    options = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+    for cache in ("dynamic", "static"):
+        expected = eager.generate(ids, **options, cache_implementation=cache)
+        assert torch.equal(fast.generate(ids, **options, cache_implementation=cache), expected)
 
 
 def test_grouped_heads_are_not_repeated(calls) -> None:
@@ -322,6 +354,48 @@ def test_sinks_and_paged_caches_are_refused() -> None:
         forward(module, q, k, v, None, s_aux=torch.zeros(2))
     with pytest.raises(NotImplementedError, match="paged cache of continuous batching"):
         forward(module, q, k, v, None, cache=object())
+
+
+def deepseek_v32(**options: Any) -> nn.Module:
+    config = transformers.DeepseekV32Config(
+        **SIZES,
+        num_key_value_heads=4,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=2,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        index_topk=4,
+        index_n_heads=2,
+        index_head_dim=16,
+        **options,
+    )
+    return transformers.DeepseekV32ForCausalLM(config)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV32Config"), reason="newer transformers")
+def test_sparse_attention_is_refused() -> None:
+    _, fast = pair(deepseek_v32)
+    with pytest.raises(
+        NotImplementedError, match=r"sparse attention \(indices\) is not implemented"
+    ):
+        fast(**batch(fast, None))
+
+
+def test_what_is_not_known_is_refused() -> None:
+    module, (q, k, v) = nn.Module(), torch.randn(3, 1, 2, 5, 8)
+    forward = transformers.AttentionInterface()["pybigmodel"]
+    expected, _ = forward(module, q, k, v, None)
+    harmless = {"position_ids": torch.arange(5), "use_cache": True, "unknown": None, "other": False}
+    assert torch.equal(forward(module, q, k, v, None, **harmless)[0], expected)
+    with pytest.raises(NotImplementedError, match="pybigmodel: unknown is not implemented"):
+        forward(module, q, k, v, None, **harmless | {"unknown": torch.ones(5)})
 
 
 @pytest.mark.parametrize("make", [llama, t5])

@@ -40,7 +40,7 @@ _KEPT = frozenset(vars(nn.Module())) - set(_TENSORS)
 # On a swapped module: its class before, and for int8 the float layer for `restore`, out of reach of
 # parameters() and state_dict().
 CLASS, ORIGINAL = "_class_of_torch", "_original"
-_OWN = ("_packed", "_met", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL)
+_OWN = ("_packed", "_moments", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL)
 
 
 def replacement(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.nn.modules import module as _module
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -121,6 +122,15 @@ def outside_of_graphs(reason: str) -> Callable[[F], F]:
         return function
 
     return mark
+
+
+_GLOBAL_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_global_hooks = [getattr(_module, f"_global_{name}", {0: None}) for name in _GLOBAL_HOOKS]
+
+
+def hooked_everywhere() -> bool:
+    """Whether there are hooks on all modules: unknown counts as yes."""
+    return any(_global_hooks)
 
 
 # --- autograd -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ _linear_packed = torch.ops.pybigmodel.linear_packed.default
 
 Rows = tuple[int, int | None]
 # By first row: `moment` of the weight when a gradient was last wanted.
-Met = dict[int, tuple[int, int]]
+Moments = dict[int, tuple[int, int]]
 
 
 def product(
@@ -40,14 +40,14 @@ def product(
     weight: Tensor,
     bias: Tensor | None,
     precision: int,
-    met: Met,
+    moments: Moments,
     *,
     rows: Rows = (0, None),
     activation: Activation = "none",
 ) -> Tensor:
     """``act(x·Wᵀ + b)`` with these rows of a weight, in one pass where nothing is recorded.
 
-    weight is a Parameter, or what stands in its place; bias is that of the rows; met is the layer's
+    weight is a Parameter, or what stands in its place; bias is that of the rows; moments are the layer's
     own, one for each weight.
     """
     if is_traced(input):
@@ -59,7 +59,7 @@ def product(
         if not cacheable(weight):
             y = _linear(input, _part(weight, rows), bias, precision)
         elif wants_gradient(input, weight, bias):
-            y = _with_gradient(input, weight, bias, precision, met, rows)
+            y = _with_gradient(input, weight, bias, precision, moments, rows)
         elif torch.is_autocast_enabled("cpu"):
             y = linear_under_autocast(linear_as_packed, input, weight, bias, precision, *rows)
         elif input.dtype != weight.dtype or not has_width(input, weight.shape[1]):
@@ -104,13 +104,13 @@ def _part(weight: Tensor, rows: Rows) -> Tensor:
 
 
 def _with_gradient(
-    input: Tensor, weight: Tensor, bias: Tensor | None, precision: int, met: Met, rows: Rows
+    input: Tensor, weight: Tensor, bias: Tensor | None, precision: int, moments: Moments, rows: Rows
 ) -> Tensor:
     # In training a weight is used once between two steps, and packing it on the way is less work
     # than making a copy; one that is met again as it was is worth it.
     now = moment(weight)
-    again = met.get(rows[0]) == now
-    met[rows[0]] = now
+    again = moments.get(rows[0]) == now
+    moments[rows[0]] = now
     y: Tensor
     part = _part(weight, rows)
     if (

@@ -16,7 +16,7 @@ from pybigmodel._torch_private import (
     jit_tracing_state,
 )
 from pybigmodel.nn._packing import NOT_PACKED, entry_of, forget
-from pybigmodel.nn._product import Met, advice, is_traced, product
+from pybigmodel.nn._product import Moments, advice, is_traced, product
 from pybigmodel.ops._common import PRECISIONS, Activation, no_kernel, precision_code
 
 _linear_packed = torch.ops.pybigmodel.linear_packed.default
@@ -64,7 +64,7 @@ class Linear(torch.nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._packed = NOT_PACKED
-        self._met: Met = {}
+        self._moments: Moments = {}
         self._precision = precision_code(precision)
 
     @classmethod
@@ -134,7 +134,7 @@ class Linear(torch.nn.Linear):
     def _general(self, input: Tensor) -> Tensor:
         # As torch.nn.Linear reads them: a parametrization or an old-style hook may compute them.
         weight, bias = self.weight, self.bias
-        y = product("Linear", input, weight, bias, self._precision, self._met)
+        y = product("Linear", input, weight, bias, self._precision, self._moments)
         if not is_traced(input):
             vars(self)["_packed"] = entry_of(weight)  # what assigning does, in a tenth of the time
         return y
@@ -146,15 +146,17 @@ class Linear(torch.nn.Linear):
             input: as for the layer.
             activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
         """
-        weight, bias, met = self.weight, self.bias, self._met
-        return product("Linear", input, weight, bias, self._precision, met, activation=activation)
+        weight, bias, moments = self.weight, self.bias, self._moments
+        return product(
+            "Linear", input, weight, bias, self._precision, moments, activation=activation
+        )
 
     def forget_packed(self) -> None:
         """Drop the packed copy of the weight; the next call makes it again."""
         # Both: of a weight that is gone from here too, and of one that only compiled code packed.
         vars(self).get("_packed", NOT_PACKED).discard()
         self._packed = NOT_PACKED
-        self._met = {}
+        self._moments = {}
         forget(self._parameters.get("weight"))
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pybigmodel._torch_private import transforms_active
 from pybigmodel.nn._masks import merged
 from pybigmodel.nn._packing import forget
-from pybigmodel.nn._product import Met, product
+from pybigmodel.nn._product import Moments, product
 from pybigmodel.nn.linear import Linear
 from pybigmodel.ops._checks import name_of
 from pybigmodel.ops._common import PRECISIONS, Precision, precision_code
@@ -91,7 +91,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"got {self.embed_dim} / {self.num_heads}"
             )
         self._precision = precision_code(precision)
-        self._met: dict[str, Met] = {name: {} for name in WEIGHTS}
+        self._moments: dict[str, Moments] = {name: {} for name in WEIGHTS}
 
     @property
     def precision(self) -> str:
@@ -122,7 +122,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weights.mean(-3)
         return self.out_proj(heads), weights
 
-    def packed(self, x: Tensor, starts: Tensor) -> Tensor:
+    def _end_to_end(self, x: Tensor, starts: Tensor) -> Tensor:
         """Self-attention of sequences that lie end to end; no weights, no masks, no hooks, and
         nothing of bias_k, bias_v and add_zero_attn.
 
@@ -227,7 +227,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weight,
             part,
             self._precision,
-            self._met[name],
+            self._moments[name],
             rows=(0, None) if whole else (start, stop),
         )
 
@@ -283,10 +283,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         lengths = query.shape[at_length], key.shape[at_length]
         if key_padding_mask is not None:
             expected = (batch[0], lengths[1]) if dim == 3 else lengths[1:]
-            _check_mask("key_padding_mask", key_padding_mask, expected)
+            check_mask("MultiheadAttention", "key_padding_mask", key_padding_mask, expected)
         if attn_mask is not None:
             by_head = (batch[0] * self.num_heads,) if attn_mask.dim() == 3 else ()
-            _check_mask("attn_mask", attn_mask, (*by_head, *lengths))
+            check_mask("MultiheadAttention", "attn_mask", attn_mask, (*by_head, *lengths))
 
     # --- packed copies: as in Linear -------------------------------------------------------------
 
@@ -294,7 +294,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Drop the packed copies of the weights; the next call makes them again."""
         for name in WEIGHTS:
             forget(self._parameters.get(name))
-        self._met = {name: {} for name in WEIGHTS}
+        self._moments = {name: {} for name in WEIGHTS}
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         if name in WEIGHTS:
@@ -320,15 +320,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return f"{self.embed_dim}, num_heads={self.num_heads}, precision={self.precision!r}"
 
 
-def _error(what: str) -> RuntimeError:
-    return RuntimeError(f"pybigmodel.nn.MultiheadAttention: {what}")
+def _error(what: str, layer: str = "MultiheadAttention") -> RuntimeError:
+    return RuntimeError(f"pybigmodel.nn.{layer}: {what}")
 
 
-def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+def check_mask(layer: str, name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise _error(f"{name} must be bool or floating, got {name_of(mask.dtype)}")
+        raise _error(f"{name} must be bool or floating, got {name_of(mask.dtype)}", layer)
     if mask.shape != shape:
-        raise _error(f"{name} must have shape {shape}, got {tuple(mask.shape)}")
+        raise _error(f"{name} must have shape {shape}, got {tuple(mask.shape)}", layer)
 
 
 def _layouts(

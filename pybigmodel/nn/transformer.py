@@ -9,17 +9,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pybigmodel._torch_private import autocast_enabled
+from pybigmodel._torch_private import autocast_enabled, hooked_everywhere
 from pybigmodel.nn._masks import hides_the_future
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
-from pybigmodel.nn.multihead_attention import MultiheadAttention
+from pybigmodel.nn.multihead_attention import MultiheadAttention, check_mask
 from pybigmodel.ops._common import Activation, Precision
 
 ActivationFunction = str | Callable[[Tensor], Tensor]
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class _Layer(nn.Module):
+    """The constructor of both kinds of layer, before torch's."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: ActivationFunction = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
+        _adopt(self, precision)
+
+
+class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """Drop-in for :class:`torch.nn.TransformerEncoderLayer`, in inference and in training.
 
     ``x = norm1(x + attention(x)); y = norm2(x + linear2(act(linear1(x))))``, with ``norm_first``
@@ -38,37 +73,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         RuntimeError, NotImplementedError: as pybigmodel.nn.MultiheadAttention and Linear.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: ActivationFunction = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        precision: Precision = "fp32",
-    ) -> None:
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device,
-            dtype,
-        )
-        _adopt(self, precision)
-
     def forward(
         self,
         src: Tensor,
@@ -84,10 +88,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal),
         )
 
-    def packed(self, x: Tensor, starts: Tensor) -> Tensor:
-        """The layer for sequences that lie end to end: see :meth:`MultiheadAttention.packed`."""
+    def _end_to_end(self, x: Tensor, starts: Tensor) -> Tensor:
+        """The layer for sequences that lie end to end: see MultiheadAttention."""
         attention: MultiheadAttention = self.self_attn  # type: ignore[assignment]
-        return self._run(x, lambda x: self.dropout1(attention.packed(x, starts)))
+        return self._run(x, lambda x: self.dropout1(attention._end_to_end(x, starts)))
 
     def _run(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_first:
@@ -101,8 +105,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         y: Tensor = self.dropout2(self.linear2(self.dropout(_activated(self, x))))
         return y
 
-    def _packs(self) -> bool:
-        """Whether `packed` leaves out nothing that would be called."""
+    def _takes_end_to_end(self) -> bool:
+        """Whether `_end_to_end` leaves out nothing that would be called."""
         attention = self.self_attn
         return (
             type(attention) is MultiheadAttention
@@ -117,7 +121,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None
     ) -> Tensor:
         masked = src_mask is not None or src_key_padding_mask is not None
-        if masked or src.layout is not torch.strided or not self._packs():
+        if masked or src.layout is not torch.strided or not self._takes_end_to_end():
             raise RuntimeError(
                 "pybigmodel.nn.TransformerEncoderLayer: src may be nested only where torch's fast "
                 "path takes it (batch_first, layout torch.strided, no masks, no hooks on "
@@ -126,48 +130,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         sequences = src.unbind()
         lengths = [sequence.shape[0] for sequence in sequences]
         starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-        y = self.packed(torch.cat(sequences), starts)
+        y = self._end_to_end(torch.cat(sequences), starts)
         return torch.nested.as_nested_tensor(list(y.split(lengths)))
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """Drop-in for :class:`torch.nn.TransformerDecoderLayer`, in inference and in training.
 
     Self-attention, attention to the memory and linear layers, each added to its input and
     normalised after it (or, with ``norm_first``, before), as in torch's. Arguments, numerics and
     errors are those of :class:`TransformerEncoderLayer`.
     """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: ActivationFunction = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        precision: Precision = "fp32",
-    ) -> None:
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device,
-            dtype,
-        )
-        _adopt(self, precision)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         y: Tensor = self.dropout3(self.linear2(self.dropout(_activated(self, x))))
@@ -192,11 +165,14 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
+        batch_first = self.layers[0].self_attn.batch_first
+        if src_key_padding_mask is not None and src.dim() == 3 and not src.is_nested:
+            shape = tuple(src.shape[:2] if batch_first else src.shape[1::-1])
+            check_mask("TransformerEncoder", "src_key_padding_mask", src_key_padding_mask, shape)
         padding = self._padding_without_which(src, mask, src_key_padding_mask)
         if padding is not None:
             output = self._without(padding, src)
         else:
-            batch_first = self.layers[0].self_attn.batch_first
             is_causal = _is_causal(mask, is_causal, src, batch_first)
             output = src
             for layer in self.layers:
@@ -235,15 +211,18 @@ class TransformerEncoder(nn.TransformerEncoder):
         return padding
 
     def _without(self, padding: Tensor, src: Tensor) -> Tensor:
-        if all(
-            type(layer) is TransformerEncoderLayer and not _hooked(layer) and layer._packs()
+        # Hooks see (N, S, D), whatever the path: who looks on has no use for tokens end to end.
+        if not hooked_everywhere() and all(
+            type(layer) is TransformerEncoderLayer
+            and layer._takes_end_to_end()
+            and not any(map(_hooked, layer.modules()))
             for layer in self.layers
         ):
             seen = ~padding
             starts = F.pad(seen.sum(1).cumsum(0), (1, 0))
             x = src[seen]
             for layer in self.layers:
-                x = layer.packed(x, starts)
+                x = layer._end_to_end(x, starts)
             output = src.new_zeros(src.shape)
             output[seen] = x
             return output
@@ -362,6 +341,7 @@ def _activated(layer: Any, x: Tensor) -> Tensor:
         type(first) in (Linear, Int8Linear)
         and not torch.compiler.is_compiling()
         and not _hooked(first)
+        and not hooked_everywhere()
     ):
         activation = _activation_of(layer.activation)
         if activation is not None:
@@ -381,13 +361,14 @@ _ACTIVATIONS: dict[Any, Activation] = {
 
 def _activation_of(function: Any) -> Activation | None:
     """Its name, if the products know it."""
-    if not isinstance(function, nn.Module):
-        return _ACTIVATIONS.get(function)
-    if _hooked(function):
-        return None
-    if type(function) is nn.GELU:
-        return "gelu" if function.approximate == "none" else "gelu_tanh"
-    return _ACTIVATIONS.get(type(function))
+    if isinstance(function, nn.Module):
+        if _hooked(function):
+            return None
+        if type(function) is nn.GELU:
+            return "gelu" if function.approximate == "none" else "gelu_tanh"
+        function = type(function)
+    # Not by hash, which a callable may lack.
+    return next((name for known, name in _ACTIVATIONS.items() if known is function), None)
 
 
 def _hooked(module: nn.Module) -> bool:

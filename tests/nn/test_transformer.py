@@ -154,6 +154,19 @@ def test_other_dtypes(kind, dtype) -> None:
     assert_like(ours, theirs, *([x] if kind == ENCODER else [x, x_of(theirs, S).to(dtype)]))
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+@pytest.mark.parametrize("kind", [ENCODER, DECODER])
+def test_any_callable_activates(kind) -> None:
+    ours, theirs = (m.eval() for m in pair(kind, activation=Unhashable()))
+    assert_like(ours, theirs, x_of(theirs), *([] if kind == ENCODER else [x_of(theirs, S)]))
+
+
 def test_gelu_tanh_is_what_it_says() -> None:
     """torch's fast path takes every nn.GELU for the exact one; ours does what training does."""
     ours, theirs = pair(ENCODER, activation=nn.GELU(approximate="tanh"))
@@ -187,9 +200,16 @@ def test_the_activation_is_part_of_the_product(kind, monkeypatch) -> None:
         ours(*arguments)
         assert codes.count(2) == 1 and set(codes) == {0, 2}  # gelu
         seen = []
-        ours.linear1.register_forward_hook(lambda module, args, output: seen.append(output))
+        hook = ours.linear1.register_forward_hook(lambda module, args, output: seen.append(output))
         y = ours(*arguments)
+        hook.remove()
         assert len(seen) == 1 and codes.count(2) == 1  # who looks on sees what torch's layer gives
+        look = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: seen.append(output) if module is ours.linear1 else None
+        )
+        ours(*arguments)
+        look.remove()
+        assert len(seen) == 2 and codes.count(2) == 1  # who looks at every module, too
         assert difference(seen[0], F.linear(*_given_to_linear1(ours, arguments)))[0] < 1e-6
         assert difference(y, theirs(*arguments))[0] < 1e-6
 
@@ -344,28 +364,58 @@ def test_encoder_stack(constructor, training) -> None:
         assert torch.equal(got == got[..., :1], other == other[..., :1])  # rows without tokens
 
 
-def test_padding_is_left_out_of_the_computation() -> None:
+@pytest.fixture
+def widths(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of what goes into the attention of sequences that lie end to end."""
+    seen = []
+    attention_varlen = pbm.nn.multihead_attention.attention_varlen
+
+    def spy(q, *args, **options):
+        seen.append(tuple(q.shape))
+        return attention_varlen(q, *args, **options)
+
+    monkeypatch.setattr(pbm.nn.multihead_attention, "attention_varlen", spy)
+    return seen
+
+
+def test_padding_is_left_out_of_the_computation(widths) -> None:
     ours, theirs = stacks()
     x, hidden = x_of(theirs.layers[0]), padding(L)
-    widths = []
-    for layer in ours.layers:
-        layer.norm1.register_forward_hook(lambda module, args, output: widths.append(output.shape))
     with torch.no_grad():
         got = ours(x, src_key_padding_mask=hidden)
-        assert widths == [((~hidden).sum(), D)] * 3
+        assert widths == [((~hidden).sum(), HEADS, D // HEADS)] * 3
         assert difference(got, theirs(x, src_key_padding_mask=hidden))[0] < 1e-6
-        widths.clear()
-        # One who looks on at the attention is called, and the result is the same.
-        seen = []
-        ours.layers[1].self_attn.register_forward_hook(lambda *args: seen.append(1))
-        again = ours(x, src_key_padding_mask=hidden)
-        assert widths == [(N, L, D)] * 3 and seen == [1]
-        assert difference(again, got)[0] < 1e-6
-    # A sequence of padding only.
-    hidden[1] = True
-    with torch.no_grad():
+        hidden[1] = True  # a sequence of padding only
         got, other = (m(x, src_key_padding_mask=hidden) for m in (ours, theirs))
     assert got.isfinite().all() and difference(got, other)[0] < 1e-6
+
+
+@pytest.mark.parametrize("at", ["", "self_attn", "self_attn.out_proj", "linear1", "norm2", "all"])
+def test_hooks_are_called_with_padding(at, widths) -> None:
+    """And see what they see without: another shape would break who looks on."""
+    ours, theirs = stacks()
+    given = {"src": x_of(theirs.layers[0]), "src_key_padding_mask": padding(L)}
+    seen = []
+
+    def look(module, args, output) -> None:
+        seen.append((type(module).__name__, tuple(args[0].shape) if args else None))
+
+    if at == "all":
+        handle = nn.modules.module.register_module_forward_hook(look)
+    else:
+        handle = ours.layers[1].get_submodule(at).register_forward_hook(look)
+    with torch.no_grad():
+        hooked = ours(**given)
+        handle.remove()
+        assert not widths
+        assert difference(hooked, ours(**given))[0] < 1e-6
+    assert len(widths) == 3
+    names = [name for name, _ in seen]
+    if at == "all":
+        assert names.count("Linear") == 9 and names.count("MultiheadAttention") == 3
+    else:
+        assert names == [type(ours.layers[1].get_submodule(at)).__name__]
+    assert {shape[:2] for _, shape in seen if shape} == {(N, L)}
 
 
 def test_padding_is_computed_where_torch_computes_it(without_fast_path) -> None:
@@ -591,6 +641,15 @@ def test_bad_arguments_are_named() -> None:
         ours(x, torch.zeros(L, L + 1))
     with pytest.raises(RuntimeError, match="key_padding_mask must be bool or floating, got int32"):
         ours(x, src_key_padding_mask=padding(L).int())
+    for layers in (stacks()[0], stacks(batch_first=False)[0]):
+        with torch.no_grad():
+            x = x_of(layers.layers[0])
+            with pytest.raises(
+                RuntimeError, match=r"src_key_padding_mask must be bool or fl.*int64"
+            ):
+                layers(x, src_key_padding_mask=padding(L).long())
+            with pytest.raises(RuntimeError, match=rf"mask must have shape \({N}, {L}\), got"):
+                layers(x, src_key_padding_mask=padding(L).T)
     with pytest.raises(ValueError, match="must be at most 256"):
         pbm.nn.TransformerDecoderLayer(600, 2)
     with pytest.raises(RuntimeError, match="activation should be relu/gelu, not swish"):

@@ -140,7 +140,7 @@ def _compare(trial: Trial, arguments: Arguments) -> None:
     expected = _tensors(trial.original.forward(*args, **kwargs))
     try:
         got = _tensors(trial.candidate.forward(*args, **kwargs))
-    except (RuntimeError, NotImplementedError) as problem:
+    except Exception as problem:  # a layer that cannot be replaced is not the end of the others
         trial.failure = f"the replacement fails on example_inputs: {problem}"
         return
     of_one_kernel = isinstance(trial.original, nn.Linear)
@@ -187,7 +187,7 @@ def _time(
         return
     trial.shapes.add(shape)
     original, candidate = _part_to_time(trial.original), _part_to_time(trial.candidate)
-    key = (str(original), str(candidate), shape)
+    key = (_kind_of(original), _kind_of(candidate), shape)
     if key not in known:
         known[key] = time_pair(original, candidate, arguments)
     seconds = known[key]
@@ -209,11 +209,31 @@ def _shape_of(arguments: Arguments) -> tuple[object, ...]:
     return tuple(shape)
 
 
+# What a layer does differently without saying so in its repr; dropout is off.
+_OPTIONS = ("batch_first", "norm_first", "activation", "bias_k", "add_zero_attn")
+
+
+def _kind_of(module: nn.Module) -> tuple[object, ...]:
+    """What the time of a layer depends on beside what it is called with."""
+    parts: list[object] = [str(module)]
+    for part in module.modules():
+        options = {**vars(part), **part._parameters}
+        # A parameter or a function by its identity: they may lack a hash.
+        parts += [type(part), *(_identity(options.get(name)) for name in _OPTIONS)]
+    return tuple(parts)
+
+
+def _identity(option: object) -> object:
+    if isinstance(option, Tensor):
+        return tuple(option.shape)
+    return option if isinstance(option, bool) else id(option)
+
+
 def _part_to_time(module: nn.Module) -> nn.Module:
     """The first layer of a stack of equal ones, as a stack; others as they are."""
     layers = module._modules.get("layers")
     stack = isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder)
-    if not stack or not isinstance(layers, nn.ModuleList) or len(set(map(str, layers))) != 1:
+    if not stack or not isinstance(layers, nn.ModuleList) or len(set(map(_kind_of, layers))) != 1:
         return module
     return with_inner(module, {layers: nn.ModuleList(layers[:1])})
 

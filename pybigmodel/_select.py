@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from pybigmodel._swap import BLOCKS
+from pybigmodel._swap import BLOCKS, OWN
 from pybigmodel._torch_private import has_kernel
 from pybigmodel.nn import Int8Linear, Linear
 from pybigmodel.nn.multihead_attention import MAX_HEAD_DIM, WEIGHTS
+from pybigmodel.nn.transformer import hooked
 from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K
 
 Selection: TypeAlias = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
@@ -133,11 +134,8 @@ def _why_read(reader: nn.Module | None, child: str, module: nn.Module) -> str | 
         return None
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "torch.nn.MultiheadAttention reads its weight and does not call it"
-    if (
-        isinstance(reader, nn.TransformerEncoderLayer)
-        and type(reader).forward is nn.TransformerEncoderLayer.forward
-        and child in _READ
-    ):
+    # A forward of its own too: it may go on to torch's.
+    if isinstance(reader, nn.TransformerEncoderLayer) and child in _READ:
         return (
             f"torch.nn.TransformerEncoderLayer's fast path reads its {_READ[child]} and does not "
             "call it"
@@ -163,6 +161,9 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
         return f"a subclass of torch.nn.{base.__name__}, {kind.__module__}.{kind.__qualname__}"
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
+    taken = next((name for name in OWN if name in vars(module)), None)
+    if taken is not None:
+        return f"has an attribute {taken}, which is one of its replacement's"
     if isinstance(module, nn.MultiheadAttention):
         return _why_attention_left(module, precision, weights)
     if kind in BLOCKS:
@@ -177,6 +178,9 @@ def _why_attention_left(
 ) -> str | None:
     if module.head_dim > MAX_HEAD_DIM:
         return f"its heads are wider than {MAX_HEAD_DIM}"
+    out = module.out_proj
+    if hooked(out) or (type(out).forward is not nn.Linear.forward and type(out) is not Linear):
+        return "its out_proj is more than a linear layer, and torch does not call it"
     if not module._parameters.keys() >= {*WEIGHTS, "in_proj_bias"}:
         return "a hook computes its weight (weight_norm, spectral_norm, pruning)"
     own = "fp32" if precision == "int8" else precision

@@ -40,7 +40,7 @@ _KEPT = frozenset(vars(nn.Module())) - set(_TENSORS)
 # On a swapped module: its class before, and for int8 the float layer for `restore`, out of reach of
 # parameters() and state_dict().
 CLASS, ORIGINAL = "_class_of_torch", "_original"
-_OWN = ("_packed", "_moments", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL)
+OWN = ("_packed", "_moments", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL)
 
 
 def replacement(
@@ -130,7 +130,7 @@ def revert(module: nn.Module) -> None:
         for name in _TENSORS:
             vars(module)[name] = vars(original)[name]
     module.__class__ = vars(module)[CLASS]
-    for name in _OWN:
+    for name in OWN:
         vars(module).pop(name, None)
 
 

@@ -173,6 +173,25 @@ def _copied(model: Model) -> Model:
 
 
 def _known_rows(model: nn.Module) -> list[Row]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [_as_it_is(row, modules.get(row.path)) for row in _rows_of_reports(model)]
+
+
+def _as_it_is(row: Row, module: nn.Module | None) -> Row:
+    """Parts may have been restored for themselves."""
+    if row.replaced_by is None or (module is not None and is_swapped(module)):
+        return row
+    return Row(
+        row.path,
+        row.layer,
+        row.precision,
+        bytes_before=row.bytes_before,
+        bytes_after=row.bytes_before,
+        left="restored or exchanged since",
+    )
+
+
+def _rows_of_reports(model: nn.Module) -> list[Row]:
     own: Report | None = vars(model).get(_REPORT)
     if own is not None:
         return list(own.rows)

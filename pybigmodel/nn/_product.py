@@ -15,6 +15,7 @@ from pybigmodel.nn._packing import (
     packed_rows,
     rows_of,
 )
+from pybigmodel.ops._checks import FLOAT_DTYPES, name_of
 from pybigmodel.ops._common import (
     Activation,
     ForwardModeError,
@@ -47,8 +48,8 @@ def product(
 ) -> Tensor:
     """``act(x·Wᵀ + b)`` with these rows of a weight, in one pass where nothing is recorded.
 
-    weight is a Parameter, or what stands in its place; bias is that of the rows; moments are the layer's
-    own, one for each weight.
+    weight is a Parameter, or what stands in its place; bias is that of the rows; moments are the
+    layer's own, one for each weight.
     """
     if is_traced(input):
         y = _traced(input, weight, bias, precision, rows)
@@ -73,6 +74,12 @@ def product(
         raise
     except NotImplementedError as error:
         raise no_kernel(layer, advice(layer), input=input, weight=weight, bias=bias) from error
+    except RuntimeError as error:
+        if weight.dtype in FLOAT_DTYPES:
+            raise
+        raise RuntimeError(
+            f"pybigmodel.nn.{layer} does not compute in {name_of(weight.dtype)}; {advice(layer)}"
+        ) from error
     return activated(y, activation)
 
 

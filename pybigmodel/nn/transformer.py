@@ -113,7 +113,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
             and attention.batch_first
             and attention.bias_k is None
             and not attention.add_zero_attn
-            and not _hooked(attention)
+            and not hooked(attention)
             and type(self)._sa_block is nn.TransformerEncoderLayer._sa_block
         )
 
@@ -215,7 +215,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if not hooked_everywhere() and all(
             type(layer) is TransformerEncoderLayer
             and layer._takes_end_to_end()
-            and not any(map(_hooked, layer.modules()))
+            and not any(map(hooked, layer.modules()))
             for layer in self.layers
         ):
             seen = ~padding
@@ -340,7 +340,7 @@ def _activated(layer: Any, x: Tensor) -> Tensor:
     if (
         type(first) in (Linear, Int8Linear)
         and not torch.compiler.is_compiling()
-        and not _hooked(first)
+        and not hooked(first)
         and not hooked_everywhere()
     ):
         activation = _activation_of(layer.activation)
@@ -362,7 +362,7 @@ _ACTIVATIONS: dict[Any, Activation] = {
 def _activation_of(function: Any) -> Activation | None:
     """Its name, if the products know it."""
     if isinstance(function, nn.Module):
-        if _hooked(function):
+        if hooked(function):
             return None
         if type(function) is nn.GELU:
             return "gelu" if function.approximate == "none" else "gelu_tanh"
@@ -371,7 +371,8 @@ def _activation_of(function: Any) -> Activation | None:
     return next((name for known, name in _ACTIVATIONS.items() if known is function), None)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

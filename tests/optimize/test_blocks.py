@@ -278,6 +278,36 @@ def test_linear_layers_of_a_decoder_do_not_need_its_attention(x) -> None:
         assert difference(fast(x), model(x))[0] < 1e-6
 
 
+class Twice(nn.Module):
+    """Twice what the layer gives, which torch's attention does not ask for: it reads the weight."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+
+def twice(layer: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    layer.out_proj = Twice(layer.out_proj)
+    return layer
+
+
+def with_hook(layer: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    layer.out_proj.register_forward_hook(_double)
+    return layer
+
+
+def _double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def with_attribute(layer: nn.Module, name: str) -> nn.Module:
+    setattr(layer, name, "the user's")
+    return layer
+
+
 class OwnAttention(nn.MultiheadAttention):
     pass
 
@@ -323,6 +353,19 @@ LEFT = {
     "inference tensor": (in_inference_mode, "an inference tensor"),
     "shared": (lambda: nn.MultiheadAttention(E, HEADS).share_memory(), "in shared memory"),
     "already": (lambda: pbm.nn.MultiheadAttention(E, HEADS), "is a pybigmodel.nn.Multi.* already"),
+    "own projection": (lambda: twice(nn.MultiheadAttention(E, HEADS)), "its out_proj is more than"),
+    "hook on the projection": (
+        lambda: with_hook(nn.MultiheadAttention(E, HEADS)),
+        "its out_proj is more than",
+    ),
+    "attribute": (
+        lambda: with_attribute(nn.MultiheadAttention(E, HEADS), "_precision"),
+        "has an attribute _precision, which is",
+    ),
+    "attribute of a linear layer": (
+        lambda: with_attribute(nn.Linear(E, E), "_packed"),
+        "has an attribute _packed, which is",
+    ),
     "attention of its own": (
         lambda: nn.TransformerDecoderLayer(E, HEADS).double(),
         "its self_attn stays",
@@ -340,6 +383,31 @@ def test_layers_that_stay(make, reason, precision) -> None:
     assert row.replaced_by is None and row.left is not None
     assert re.search(reason, row.left), row.left
     assert type(model[0]) is before["0"]
+
+
+class Forwarding(nn.TransformerEncoderLayer):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_a_forward_of_its_own_may_read_stays(precision, x) -> None:
+    """It goes on to torch's fast path, which reads weights that an int8 layer does not have."""
+    model = nn.Sequential(Forwarding(E, HEADS, FF, batch_first=True), nn.Linear(E, E)).eval()
+    fast = pbm.optimize(model, precision)
+    assert [row.path for row in pbm.report(fast).replaced] == ["1"]
+    assert left(model, precision)["0.linear2"] == FAST_PATH.format("weight")
+    with torch.no_grad():
+        assert difference(fast(x), model(x))[0] < BOUND[precision]
+
+
+def test_a_projection_with_a_parametrization_does_not_hinder(x) -> None:
+    """It is called, and torch reads what it computes."""
+    model = Attending()
+    parametrizations.weight_norm(model.attention.out_proj)
+    fast = pbm.optimize(model)
+    assert type(fast.attention) is pbm.nn.MultiheadAttention
+    assert difference(fast(x), model(x))[0] < 1e-6
 
 
 def test_a_weight_that_int8_refuses_stays_alone(x) -> None:
@@ -377,6 +445,22 @@ def test_one_layer_under_two_names(x) -> None:
     assert reasons["a.linear1"] == FAST_PATH.format("weight")
 
 
+def test_parts_restored_for_themselves_are_reported() -> None:
+    fast = pbm.optimize(encoder())
+    pbm.restore(fast.layers[0])
+    restored = [row for row in pbm.report(fast) if row.path.startswith("layers.0")]
+    assert {(row.replaced_by, row.left) for row in restored} == {
+        (None, "restored or exchanged since")
+    }
+    assert all(row.bytes_after == row.bytes_before for row in restored)
+    reasons = left(fast, exclude="layers.0")
+    assert reasons["layers.0"] == "in exclude" and reasons["layers.1"] is None
+    fast.layers[1] = nn.Identity()
+    assert {row.left for row in pbm.report(fast) if "layers" in row.path} == {
+        "restored or exchanged since"
+    }
+
+
 def test_another_precision_is_not_silently_the_first() -> None:
     fast = pbm.optimize(pbm.optimize(encoder()), "int8")
     rows = {row.path: row for row in pbm.report(fast)}
@@ -399,6 +483,60 @@ def test_what_is_measured_is_the_outermost(x, twice_as_fast) -> None:
     assert rows["0"].kernel.startswith("gem")
     # Stacks of equal layers are timed on one; the two linear layers are alike.
     assert [len(getattr(timed, "layers", [])) for timed in twice_as_fast] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            lambda: nn.MultiheadAttention(E, HEADS, batch_first=True),
+            lambda: nn.MultiheadAttention(E, HEADS),
+        ),
+        (
+            lambda: nn.MultiheadAttention(E, HEADS),
+            lambda: nn.MultiheadAttention(E, HEADS, add_zero_attn=True),
+        ),
+        (
+            lambda: nn.MultiheadAttention(E, HEADS),
+            lambda: nn.MultiheadAttention(E, HEADS, add_bias_kv=True),
+        ),
+        (
+            lambda: nn.TransformerEncoderLayer(E, HEADS, FF),
+            lambda: nn.TransformerEncoderLayer(E, HEADS, FF, norm_first=True),
+        ),
+        (
+            lambda: nn.TransformerEncoderLayer(E, HEADS, FF),
+            lambda: nn.TransformerEncoderLayer(E, HEADS, FF, activation="gelu"),
+        ),
+    ],
+    ids=["batch first", "zero attention", "bias of keys", "norm first", "activation"],
+)
+def test_only_equal_layers_share_a_timing(first, second, x, twice_as_fast) -> None:
+    class Both(nn.Module):
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor) -> None:
+            for layer in self.layers:
+                attends = isinstance(layer, nn.MultiheadAttention)
+                layer(*([x, x, x] if attends else [x]))
+
+    pbm.optimize(Both(first(), first()), example_inputs=x)
+    assert len(twice_as_fast) == 1
+    pbm.optimize(Both(first(), second()), example_inputs=x)
+    assert len(twice_as_fast) == 3
+
+
+def test_a_replacement_that_fails_stays_alone(x, twice_as_fast, monkeypatch) -> None:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr(pbm.nn.TransformerEncoderLayer, "forward", forward)
+    model = nn.Sequential(*encoder(1).layers, nn.Linear(E, E))
+    reasons = left(model, example_inputs=x)
+    assert reasons["0"] == "the replacement fails on example_inputs: unhashable"
+    assert reasons["1"] is None
 
 
 def test_real_timing() -> None:

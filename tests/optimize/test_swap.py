@@ -185,3 +185,16 @@ def test_another_precision_is_not_silently_the_first(model) -> None:
     assert rows["first"].left is None
     again = pbm.optimize(pbm.restore(fast), "int8")
     assert {row.precision for row in pbm.report(again).rows} == {"int8"}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["Linear", "MultiheadAttention"])
+def test_in_float64_the_layer_and_the_way_back_are_named(kind, grad) -> None:
+    layer = pbm.optimize(nn.Linear(8, 8) if kind == "Linear" else nn.MultiheadAttention(8, 2))
+    x = torch.randn(3, 8).double()
+    arguments = [x] if kind == "Linear" else [x, x, x]
+    with torch.set_grad_enabled(grad):
+        message = rf"pybigmodel\.nn\.{kind} does not compute in float64; .*pbm\.restore"
+        with pytest.raises(RuntimeError, match=message):
+            layer.double()(*arguments)
+        pbm.restore(layer)(*arguments)

@@ -28,7 +28,7 @@ _sdpa = torch.ops.aten.scaled_dot_product_attention.default
 _torch_sdpa = composite_kernel(_sdpa)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal ones may be of several registrations
 class _Setting:
     enabled: bool
     precision: Precision | None = None
@@ -172,6 +172,10 @@ def sdpa(enabled: bool = True, *, precision: Precision | None = None) -> Iterato
     the graph, and is an error with fullgraph=True: enter it around the call. torch.vmap keeps
     torch's op. torch.export writes SDPA into its graph, which is ours if it runs in a context.
 
+    Activation checkpointing computes attention again in the backward pass: run that within the
+    context too. Outside it is torch's, which torch.utils.checkpoint raises for, or, with
+    use_reentrant=True, silently differentiates in the place of what ran.
+
     The first context of a process registers kernels of aten::scaled_dot_product_attention for CPU
     tensors, which stay. Outside of contexts they go on to torch's at a cost of some microseconds a
     call.
@@ -182,19 +186,29 @@ def sdpa(enabled: bool = True, *, precision: Precision | None = None) -> Iterato
     """
     setting = _setting(enabled, precision)
     _kernels.enter()
-    token = _in_context.set(setting)
     try:
-        yield
+        token = _in_context.set(setting)
+        try:
+            yield
+        finally:
+            _in_context.reset(token)  # raises in another thread than the one that entered
     finally:
-        _in_context.reset(token)
         _kernels.leave()
 
 
 class Registration:
     """What :func:`register_sdpa` returns."""
 
+    def __init__(self, setting: _Setting) -> None:
+        self._setting = setting
+
     def remove(self) -> None:
-        """SDPA is torch's again, except in open contexts. Not while another thread computes it."""
+        """SDPA is torch's again, except in open contexts. Not while another thread computes it.
+
+        Of a registration that a later one replaced it does nothing.
+        """
+        if _kernels.registered not in (None, self._setting):
+            return
         current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
         if current() == IMPLEMENTATION:
             torch.nn.attention.restore_flash_attention_impl()
@@ -213,7 +227,7 @@ def register_sdpa(*, precision: Precision | None = None) -> Registration:
     """Make F.scaled_dot_product_attention :func:`pybigmodel.ops.attention` in the whole process.
 
     As within :func:`sdpa`, whose contexts take precedence, but for every thread and until
-    :meth:`Registration.remove`.
+    :meth:`Registration.remove`, or until another registration.
 
     Goes through torch's registry of flash attentions where there is one (2.11 and later), as
     "pybigmodel": ``activate_flash_attention_impl`` and ``restore_flash_attention_impl`` of
@@ -240,7 +254,7 @@ def register_sdpa(*, precision: Precision | None = None) -> Registration:
     else:
         register(IMPLEMENTATION, register_fn=activate)
         torch.nn.attention.activate_flash_attention_impl(IMPLEMENTATION)
-    return Registration()
+    return Registration(setting)
 
 
 def _setting(enabled: bool, precision: Precision | None) -> _Setting:

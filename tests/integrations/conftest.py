@@ -14,7 +14,7 @@ from pybigmodel import _native
 
 @pytest.fixture
 def ours() -> Callable[[Callable[[], Any]], bool]:
-    """ours(call): whether a kernel of this library's attention ran in it, in this thread."""
+    """ours(call): whether a kernel of this library's attention ran in it, in whatever thread."""
 
     def ran(call: Callable[[], Any]) -> bool:
         pbm.ops.linear(torch.ones(1, 2), torch.ones(3, 2))

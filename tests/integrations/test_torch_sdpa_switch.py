@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pybigmodel as pbm
 from pybigmodel.integrations import torch_sdpa
@@ -75,16 +77,24 @@ def test_threads_have_their_own(x: Tensor, ours) -> None:
     assert found == {"inside": True, "outside": False}
 
 
-def test_many_threads_enter_and_leave(x: Tensor) -> None:
+def test_many_threads_enter_and_leave(x: Tensor, monkeypatch) -> None:
     expected = causal(x)
-    wrong: list[float] = []
+    wrong: list[str] = []
+    of_thread = threading.local()
+
+    def spy(*args: Any, **options: Any) -> Any:
+        of_thread.ran = True
+        return pbm.ops.attention(*args, **options)
+
+    monkeypatch.setattr(torch_sdpa, "attention", spy)
 
     def work() -> None:
         for i in range(50):
-            with pbm.sdpa(i % 3 != 0):
+            enabled, of_thread.ran = i % 3 != 0, False
+            with pbm.sdpa(enabled):
                 difference = float((causal(x) - expected).abs().max())
-            if difference > 1e-5:
-                wrong.append(difference)
+            if of_thread.ran != enabled or difference > 1e-5:
+                wrong.append(f"{i}: ours {of_thread.ran}, difference {difference}")
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -92,6 +102,45 @@ def test_many_threads_enter_and_leave(x: Tensor) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_left_in_another_thread(x: Tensor, registration) -> None:
+    """Which cannot put back what was before; but the kernels go when nobody needs them."""
+    with pbm.sdpa():
+        registration.remove()
+    stack = contextlib.ExitStack()
+    entered = threading.Thread(target=lambda: stack.enter_context(pbm.sdpa()))
+    entered.start()
+    entered.join()
+    with pytest.raises(ValueError, match="different Context"):
+        stack.close()
+    registration.remove()
+    assert not has_kernel()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("how", ["context", "registration"])
+def test_activation_checkpointing(how: str, reentrant: bool, x: Tensor) -> None:
+    def gradients(checkpointed: bool) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        y = checkpoint(dropped, leaf, use_reentrant=reentrant) if checkpointed else dropped(leaf)
+        y.square().sum().backward()
+        return leaf.grad
+
+    def dropped(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    torchs = gradients(False)
+    found = None
+    if how == "registration":
+        found = pbm.integrations.register_sdpa()
+    with pbm.sdpa() if found is None else contextlib.nullcontext():
+        mine = gradients(False)
+        assert torch.equal(gradients(True), mine)
+    assert not torch.allclose(mine, torchs)
+    if found is not None:
+        found.remove()
 
 
 def test_tasks_have_their_own(x: Tensor, ours) -> None:
@@ -146,6 +195,15 @@ def test_registration_is_removed(x: Tensor, ours, registration) -> None:
     assert not has_kernel()
     with pbm.sdpa():  # and anew
         assert ours(lambda: causal(x))
+
+
+def test_a_registration_removes_itself_only(x: Tensor, ours) -> None:
+    first = pbm.integrations.register_sdpa()
+    second = pbm.integrations.register_sdpa()
+    first.remove()
+    assert ours(lambda: causal(x))
+    second.remove()
+    assert not ours(lambda: causal(x)) and not has_kernel()
 
 
 @pytest.mark.skipif(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pybigmodel._torch_private import at_trace_time, forward_ad, is_dual, traced_types
+from pybigmodel.ops._attention_checks import MAX_HEAD_DIM
 from pybigmodel.ops._checks import FLOAT_DTYPES, name_of
 
 _log = logging.getLogger("pybigmodel")
@@ -18,7 +19,6 @@ _lock = Lock()
 
 # Others may mean something else by their data, or be unknown to the ops.
 _TYPES = (Tensor, torch.nn.Parameter, *traced_types)
-MAX_HEAD = 256
 
 
 def left_to_torch() -> dict[str, int]:
@@ -95,8 +95,8 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str | None:
         return "batches that broadcast"
     if kv_heads != v_heads or (heads % kv_heads != 0 if grouped else heads != kv_heads):
         return "numbers of heads that broadcast or do not match"
-    if d > MAX_HEAD or v_d > MAX_HEAD:
-        return f"a head dimension above {MAX_HEAD}"
+    if d > MAX_HEAD_DIM or v_d > MAX_HEAD_DIM:
+        return f"a head dimension above {MAX_HEAD_DIM}"
     return None
 
 

@@ -14,11 +14,11 @@ from pybigmodel.nn._masks import merged
 from pybigmodel.nn._packing import forget
 from pybigmodel.nn._product import Moments, product
 from pybigmodel.nn.linear import Linear
+from pybigmodel.ops._attention_checks import MAX_HEAD_DIM
 from pybigmodel.ops._checks import name_of
 from pybigmodel.ops._common import PRECISIONS, Precision, precision_code
 from pybigmodel.ops.attention import attention, attention_varlen
 
-MAX_HEAD_DIM = 256
 WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -32,9 +32,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
             device, dtype: as torch's; embed_dim / num_heads ≤ 256.
-        precision: "fp32", or "bf16": products of operands rounded to bfloat16, summed in fp32 (but
-            for attention's where the weights are asked for); tensors keep their dtype. bfloat16
-            weights always take the latter. May be assigned.
+        precision: "fp32", or "bf16": products of operands rounded to bfloat16, summed in fp32;
+            tensors keep their dtype. bfloat16 weights always take the latter. Where the weights of
+            attention are asked for, its own two products stay in the tensors' dtype. May be
+            assigned.
 
     Call it as torch's: with (L, N, E) tensors or, with ``batch_first``, (N, L, E), or without N;
     ``key_padding_mask`` (N, S) or (S,), and ``attn_mask`` (L, S) or (N·num_heads, L, S), of bool

@@ -179,7 +179,7 @@ def _why_attention_left(
 ) -> str | None:
     if module.head_dim > MAX_HEAD_DIM:
         return f"its heads are wider than {MAX_HEAD_DIM}"
-    out = module.out_proj
+    out: Any = module.out_proj
     if hooked(out) or (type(out).forward is not nn.Linear.forward and type(out) is not Linear):
         return "its out_proj is more than a linear layer, and torch does not call it"
     if not module._parameters.keys() >= {*WEIGHTS, "in_proj_bias"}:

@@ -179,5 +179,5 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if bias is None or mask is None:
         return mask if bias is None else bias
     if mask.dtype == torch.bool:
-        return torch.where(mask, bias, float("-inf"))
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)  # as eager and sdpa
     return mask + bias

@@ -35,6 +35,14 @@ def x() -> Tensor:
     return torch.randn(2, 4, 16, 32)
 
 
+def infinite(length: int) -> Tensor:
+    """A row and a column hidden, and a key that hides the others from a query."""
+    mask = torch.randn(length, length)
+    mask[3] = mask[:, 5] = -torch.inf
+    mask[7, 9] = torch.inf
+    return mask
+
+
 # --- torch's meaning ------------------------------------------------------------------------------
 
 CASES: dict[str, dict[str, Any]] = {
@@ -53,6 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "nothing visible": {"attn_mask": lambda: torch.zeros(70, 70, dtype=torch.bool)},
     "float mask": {"attn_mask": lambda: torch.randn(4, 1, 70, 70)},
+    "float mask to the ends of the range": {"attn_mask": lambda: infinite(70)},
     "float mask of 3 dimensions": {"attn_mask": lambda: torch.randn(8, 70, 70)},
     "grouped": {"k": (4, 2, 70, 40), "v": (4, 2, 70, 40), "enable_gqa": True},
     "grouped, causal": {
@@ -80,7 +89,7 @@ def test_values_and_gradients(case: str, dtype: torch.dtype, ours, left) -> None
     ]
     mask = options.pop("attn_mask", lambda: None)()
     if mask is not None and mask.is_floating_point():
-        mask = mask.to(dtype).requires_grad_()
+        mask = mask.to(dtype).nan_to_num().requires_grad_()  # what is infinite becomes finfo's
         leaves.append(mask)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = mask) -> Tensor:

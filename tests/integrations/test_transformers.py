@@ -187,6 +187,30 @@ def test_other_dtypes(make: Make, dtype: torch.dtype, ours) -> None:
         assert_no_worse(logits(fast, given), logits(eager, given), logits(exact(eager), given))
 
 
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_masks_to_the_ends_of_the_range(end: str) -> None:
+    """A mask of one's own, as transformers' models have it: finfo.min hides."""
+    eager, fast = pair(llama)
+    ids = torch.randint(1, VOCABULARY, (2, 21))
+    mask = torch.full((2, 1, 21, 21), torch.finfo(torch.float32).min).triu(1)
+    if end == "max":
+        mask = mask + torch.finfo(torch.float32).max  # the same: what counts is the difference
+    mask[0, :, 4] = torch.finfo(torch.float32).min  # a token that sees nothing: everything alike
+    with torch.no_grad():
+        got, expected = (m(ids, attention_mask=mask).logits for m in (fast, eager))
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_bias_where_nothing_is_seen(calls) -> None:
+    """As eager's: a mean of the values, not nothing."""
+    forward = transformers.AttentionInterface()["pybigmodel"]
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    mask[..., 2, :] = False
+    y, _ = forward(nn.Module(), q, k, v, mask, position_bias=torch.randn(1, 2, 5, 5))
+    torch.testing.assert_close(y[:, 2], v.mean(2))
+
+
 # --- generation -----------------------------------------------------------------------------------
 
 
@@ -205,11 +229,11 @@ def test_generation_is_eagers(make: Make, padding: str | None, cache: str, ours)
     assert len(expected.unique()) > 2  # not one token over and over
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [gpt2, llama, t5])
 def test_beams_and_chunks(make: Make) -> None:
     """Beams reorder the cache; a prompt in pieces has queries at the end of a longer cache."""
     eager, fast = pair(make)
-    given = batch(eager, "left")
+    given = {k: v for k, v in batch(eager, "left").items() if not k.startswith("decoder")}
     options = {"max_new_tokens": 12, "do_sample": False}
     for more in ({"num_beams": 3}, {"prefill_chunk_size": 8}):
         expected = eager.generate(**given, **options, **more)

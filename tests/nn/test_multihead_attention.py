@@ -303,6 +303,31 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(ours(*arguments)[0], expected)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_masks_to_the_ends_of_the_range(need_weights) -> None:
+    """finfo's ends are numbers, and what they are added to is lost in them: a row of them is even,
+    where one of −∞ is nothing."""
+    ours, theirs = pair()
+    ends = torch.finfo(torch.float32)
+    mask, padding = torch.randn(L, S), torch.zeros(N, S)
+    mask[3] = mask[:, 5] = ends.min
+    mask[7, 9] = ends.max
+    padding[1] = padding[0, -5:] = ends.min
+    query, key, value = inputs(theirs)
+    exact = copy.deepcopy(theirs).double()
+    for given in ({"attn_mask": mask}, {"key_padding_mask": padding}):
+        found = [
+            m(*(x.to(m.out_proj.weight.dtype) for x in (query, key, value)), **options)[0]
+            for m, options in (
+                (ours, given),
+                (theirs, given),
+                (exact, {name: m.double() for name, m in given.items()}),
+            )
+            for options in [{**options, "need_weights": need_weights}]
+        ]
+        assert_no_worse(*(y.detach() for y in found))
+
+
 def test_precision_may_be_changed() -> None:
     ours, theirs = pair()
     arguments = inputs(theirs)

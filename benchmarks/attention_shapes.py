@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -57,6 +57,10 @@ class Attention(Problem):
         if self.window is not None:
             return sum(min(i + 1, self.window) for i in range(self.s))
         return self.s * (self.s + 1) // 2 if self.causal else self.s * self.s
+
+    @property
+    def small(self) -> Attention:
+        return replace(self, s=32)
 
     @property
     def operations(self) -> float:
@@ -132,6 +136,10 @@ class Additive(Problem):
         return f"B{self.b} S{self.s} H{self.h}"
 
     @property
+    def small(self) -> Additive:
+        return replace(self, s=32)
+
+    @property
     def operations(self) -> float:
         """An addition, a tanh (as one) and a multiply-add per score's term; two for the value's."""
         forward = 6.0 * self.b * self.s * self.s * self.h
@@ -139,7 +147,7 @@ class Additive(Problem):
 
     @property
     def quick(self) -> bool:
-        return self.b == 1
+        return (self.b, self.s) == (1, 512)
 
     @cached_property
     def data(self) -> AdditiveData:

@@ -152,6 +152,6 @@ def _additive() -> Iterator[Target]:
         def where(r: Result, op: str = op) -> bool:
             return r.op == op
 
-        work = f"{op}, S = 512, H = 256".replace("_forward_backward", " forward + backward")
+        work = f"{op}, H = 256".replace("_forward_backward", " forward + backward")
         yield Target(work, "× composed of torch's ops", 5.0, where, ratio(SDPA))
         yield Target(work, "tensors of (B, S, H) at the peak", 16.0, where, tensors, at_most=True)

@@ -9,9 +9,9 @@ from attention_shapes import Additive
 
 PROVIDERS = ["pybigmodel", "torch_eager", "torch_compile"]
 PROBLEMS = [
-    Additive(op, "fp32", b, 512, 256)
+    Additive(op, "fp32", b, s, 256)
     for op in ("additive_attention", "additive_attention_forward_backward")
-    for b in (1, 8)
+    for b, s in ((1, 512), (8, 512), (1, 1024))  # another S: memory must not grow with its square
 ]
 
 

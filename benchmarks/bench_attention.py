@@ -43,7 +43,7 @@ def test_attention_causal(problem: Attention, provider: str, measure: Any) -> No
 
 @pytest.mark.parametrize(
     "provider",
-    ["pybigmodel", "pybigmodel_causal", "torch_eager", "onnxruntime_gqa", "openvino"],
+    ["pybigmodel", "pybigmodel_causal", "torch_eager", "torch_flex", "onnxruntime_gqa", "openvino"],
 )
 @pytest.mark.parametrize("problem", WINDOWS, ids=str)
 def test_attention_window(problem: Attention, provider: str, measure: Any) -> None:

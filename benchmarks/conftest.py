@@ -26,6 +26,7 @@ pybigmodel.configure(retain_memory=True)
 # Seconds to compile, export or calibrate, each.
 _QUICK_SKIPS = (
     "torch_compile",
+    "torch_flex",
     "torchao_dynamic_compiled",
     "onnxruntime_int8",
     "openvino_int8",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import cast
 
@@ -78,13 +78,7 @@ class Group:
         self.measured: dict[str, Measured] = {}
         self.unavailable: dict[str, str] = {}
         self.suspect: list[str] = []
-        before = torch.get_num_threads()
-        with ExitStack() as stack:
-            stack.callback(torch.set_num_threads, before)
-            torch.set_num_threads(problem.threads)
-            if problem.isa is not None:
-                stack.enter_context(force_isa(problem.isa))
-            stack.enter_context(torch.no_grad())
+        with _conditions(problem):
             self._measure(problem, providers, build, effort)
 
     def _measure(
@@ -107,6 +101,7 @@ class Group:
             seconds=effort.seconds,
             between=probe,
             speed=probe.speed,
+            prepare={name: c.prepare for name, c in contenders.items() if c.prepare is not None},
         )
         others = load.cores()
         for name, timing in timings.items():
@@ -125,8 +120,34 @@ class Group:
         if others > OtherLoad.ENOUGH_TO_MATTER:
             self.suspect.append(f"{problem}: other processes used {others:.2f} cores meanwhile")
         for name, timing in timings.items():
-            row = _row(problem, name, contenders[name], timing, probe, date, others)
+            peak = None
+            if contenders[name].records_memory:
+                peak = memory.of_own_process(_peak_bytes, build, name, replace(problem))
+            row = _row(problem, name, contenders[name], timing, probe, peak, date, others)
             self.measured[name] = Measured(row, timing)
+
+
+@contextmanager
+def _conditions(problem: Problem) -> Iterator[None]:
+    """Threads and tier of the problem, without gradients."""
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, before)
+        torch.set_num_threads(problem.threads)
+        if problem.isa is not None:
+            stack.enter_context(force_isa(problem.isa))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def _peak_bytes(build: Builder, name: str, problem: Problem) -> int:
+    """Of the process's first call of this size, so that what is kept for the next one counts.
+
+    After a small one, so that code, threads and tables, which come once, do not.
+    """
+    with _conditions(problem):
+        build(name, problem.small).calls[0]()
+        return memory.peak_of(build(name, problem).calls[0])
 
 
 def _row(
@@ -135,6 +156,7 @@ def _row(
     contender: Contender,
     timing: Timing,
     probe: Probe,
+    peak_bytes: int | None,
     date: str,
     others: float,
 ) -> Row:
@@ -178,7 +200,7 @@ def _row(
         rel_error=errors.relative,
         max_error=errors.largest,
         cosine=errors.cosine,
-        peak_bytes=memory.peak_of(contender.calls[0]) if contender.records_memory else None,
+        peak_bytes=peak_bytes,
         cpu_over_wall=timing.cpu_over_wall,
         other_load=others,
         cpu=cpu_model(),

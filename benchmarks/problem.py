@@ -45,6 +45,11 @@ class Problem:
         raise NotImplementedError
 
     @property
+    def small(self) -> Problem:
+        """The same work in small, where memory is recorded: it sets up all but the memory."""
+        raise NotImplementedError
+
+    @property
     def streamed_bytes(self) -> int | None:
         """What a call must read and does little with, so that reading bounds it; None: it is bound
         by arithmetic."""
@@ -69,9 +74,11 @@ class Problem:
 P = TypeVar("P", bound=Problem)
 
 
-def copies_for(size: int, threads: int, wanted: Callable[[Level | None], bool]) -> int | None:
+def copies_for(
+    size: int, threads: int, wanted: Callable[[Level | None], bool], most: int = MAX_COPIES
+) -> int | None:
     """The fewest copies of `size` bytes whose rotation lies in a level that is wanted."""
-    for copies in range(1, MAX_COPIES + 1):
+    for copies in range(1, most + 1):
         if wanted(level_of(size * copies // threads, threads)):
             return copies
     return None

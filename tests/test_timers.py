@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import chain, repeat
 
@@ -59,3 +60,17 @@ def test_without_a_probe_every_turn_counts() -> None:
     timings = interleave(calls, rounds=4, seconds=SECONDS, require_idle=False)
     assert all(len(timing.turn_medians) == 4 for timing in timings.values())
     assert all(timing.wall_seconds >= 4 * SECONDS for timing in timings.values())
+
+
+def test_a_contender_is_prepared_before_each_turn_outside_of_its_time() -> None:
+    done = []
+    timings = interleave(
+        {"a": [lambda: done.append("call")], "b": [lambda: None]},
+        rounds=3,
+        seconds=SECONDS,
+        prepare={"a": lambda: (time.sleep(0.05), done.append("prepared"))},
+        require_idle=False,
+    )
+    turns = "".join("p" if what == "prepared" else "." for what in done).split("p")
+    assert turns[0] == "" and len(turns) == 4 and all(turns[1:])
+    assert timings["a"].wall_seconds < 0.05

@@ -51,6 +51,7 @@ class Contender:
     precision: str | None = None  # of its products, where not the problem's
     operations: float | None = None  # of one call, where not the problem's
     streamed_bytes: int | None = None  # from the problem's level, where not the problem's
+    prepare: Callable[[], object] | None = None  # before each turn, outside of its time
     records_memory: bool = False  # whether its row says what a call adds to the memory
 
     @classmethod
@@ -93,6 +94,7 @@ _PEERS = {
         "pybigmodel_full": ("ours_attention", "build_full"),
         "pybigmodel_causal": ("ours_attention", "build_causal"),
         "torch_eager": ("torch_attention", "build"),
+        "torch_flex": ("torch_attention", "build_flex"),
         "onnxruntime_attention": ("onnxruntime_attention", "build"),
         "onnxruntime_mha": ("onnxruntime_attention", "build_mha"),
         "onnxruntime_gqa": ("onnxruntime_attention", "build_gqa"),

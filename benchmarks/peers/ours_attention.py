@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from attention_shapes import Additive, Attention, Decode
-from problem import copies_for
+from problem import MAX_COPIES, copies_for
 from torch import Tensor
 
 from peers import Contender, Unavailable
@@ -42,35 +43,31 @@ def _beside(other: Attention) -> Contender:
     return replace(build(other), operations=other.operations, note=f"of {other.shape}")
 
 
-def _lengths(problem: Decode) -> Tensor:
-    return torch.full((problem.b,), problem.keys, dtype=torch.int32)
+def _decode(problem: Decode, k: Tensor, v: Tensor, **scales: Tensor) -> Callable[[], Tensor]:
+    """A call that writes the last token's key and value into the cache, as a model's does."""
+    data, dtype, past = problem.data, DTYPES[problem.precision], problem.keys - 1
+    new = {"k": data.k[:, :, past:].to(dtype), "v": data.v[:, :, past:].to(dtype)}
+    lengths = torch.full((problem.b,), past, dtype=torch.int32)
+    return partial(ops.attention_decode, data.q.to(dtype), k, v, lengths, **new, **scales)
 
 
 def build_decode(problem: Decode) -> Contender:
-    q, lengths = problem.data.q.to(DTYPES[problem.precision]), _lengths(problem)
-    calls = [partial(ops.attention_decode, q, *kv, lengths) for kv in caches(problem)]
-    return decode_contender(problem, calls)
+    return decode_contender(problem, [_decode(problem, *kv) for kv in caches(problem)])
 
 
 def build_decode_int8(problem: Decode) -> Contender:
     """An int8 cache with a scale for each token and head; it lies in the problem's level too."""
     wanted = problem.level
-    copies = copies_for(problem.int8_bytes, problem.threads, lambda level: level == wanted)
+    # Half the bytes: twice the copies.
+    copies = copies_for(
+        problem.int8_bytes, problem.threads, lambda level: level == wanted, most=2 * MAX_COPIES
+    )
     if copies is None:
         raise Unavailable(f"no number of int8 caches in rotation lies in {wanted}")
-    q, lengths = problem.data.q.to(DTYPES[problem.precision]), _lengths(problem)
     k, k_scale = quantize_per_token_head(problem.data.k)
     v, v_scale = quantize_per_token_head(problem.data.v)
     calls = [
-        partial(
-            ops.attention_decode,
-            q,
-            k.clone(),
-            v.clone(),
-            lengths,
-            k_scale=k_scale.clone(),
-            v_scale=v_scale.clone(),
-        )
+        _decode(problem, k.clone(), v.clone(), k_scale=k_scale.clone(), v_scale=v_scale.clone())
         for _ in range(copies)
     ]
     return replace(

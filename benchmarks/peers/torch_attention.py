@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from attention_shapes import FORWARD_BACKWARD, Additive, Attention, Decode, additive_attention
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from peers import Contender, Errors
@@ -52,6 +53,24 @@ def build(problem: Attention) -> Contender:
     elif problem.causal:
         options["is_causal"] = True
     return attention_contender(problem, partial(scaled_dot_product_attention, **options), note=note)
+
+
+def build_flex(problem: Attention) -> Contender:
+    """flex_attention by inductor, which leaves out the blocks of which nothing is seen."""
+    assert problem.window is not None
+    window, s = problem.window, problem.s
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < window)
+
+    blocks = create_block_mask(seen, None, None, s, s, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's, about parts of itself
+        torch.compiler.reset()
+        compiled = torch.compile(flex_attention, dynamic=False)
+        contender = attention_contender(problem, partial(compiled, block_mask=blocks))
+        contender.calls[0]()
+    return contender
 
 
 def caches(problem: Decode) -> list[tuple[Tensor, Tensor]]:

@@ -167,12 +167,14 @@ def interleave(
     seconds: float = 0.03,
     between: Call | None = None,
     speed: Callable[[], float] | None = None,
+    prepare: Mapping[str, Call] | None = None,
     require_idle: bool = True,
 ) -> dict[str, Timing]:
     """Time every contender in `rounds` rounds, `seconds` a turn, each round in another order.
 
     `between` is called once a round when the process is idle: the place for a probe of the machine.
-    `speed` is called before each turn and says how fast the machine is just then. While a contender
+    `prepare` has what to call before each turn of some contenders, to put back what their calls
+    change. `speed` is called before each turn and says how fast the machine is just then. While a contender
     has fewer than `rounds` turns with readings of STEADY of the best on both sides, rounds are
     added, to three times as many; then the `rounds` turns with the highest readings count.
     Garbage collection is off meanwhile. A process whose other threads never rest raises
@@ -202,7 +204,11 @@ def interleave(
                 between()
             before = reading()
             for i in range(len(names)):
-                turn = turns[names[(i + r) % len(names)]].take(seconds)
+                name = names[(i + r) % len(names)]
+                if prepare is not None and name in prepare:
+                    prepare[name]()
+                    settle(require_idle=require_idle)
+                turn = turns[name].take(seconds)
                 after = reading()
                 turn.speed = min(before, after)
                 before = after

@@ -28,7 +28,7 @@ LABELS = {
 _ONNXRUNTIME = ("onnxruntime_attention", "onnxruntime_mha", "onnxruntime_gqa")
 # What is not a matrix product: op and providers beside ours, in the order of the tables.
 ATTENTION = {
-    "attention": ("torch_eager", *_ONNXRUNTIME, "openvino"),
+    "attention": ("torch_eager", "torch_flex", *_ONNXRUNTIME, "openvino"),
     "attention_forward_backward": ("torch_eager",),
     "attention_decode": (
         "pybigmodel_int8",

@@ -174,9 +174,10 @@ def interleave(
 
     `between` is called once a round when the process is idle: the place for a probe of the machine.
     `prepare` has what to call before each turn of some contenders, to put back what their calls
-    change. `speed` is called before each turn and says how fast the machine is just then. While a contender
-    has fewer than `rounds` turns with readings of STEADY of the best on both sides, rounds are
-    added, to three times as many; then the `rounds` turns with the highest readings count.
+    change. `speed` is called before each turn and says how fast the machine is just then. While a
+    contender has fewer than `rounds` turns with readings of STEADY of the best on both sides,
+    rounds are added, to three times as many; then the `rounds` turns with the highest readings
+    count.
     Garbage collection is off meanwhile. A process whose other threads never rest raises
     TimeoutError after 2 s; with require_idle=False each turn begins after 0.1 s all the same.
     """

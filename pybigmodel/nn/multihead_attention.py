@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pybigmodel._torch_private import transforms_active
-from pybigmodel.nn._masks import merged
+from pybigmodel.nn._masks import check_mask, merged
 from pybigmodel.nn._packing import forget
 from pybigmodel.nn._product import Moments, product
 from pybigmodel.nn.linear import Linear
 from pybigmodel.ops._attention_checks import MAX_HEAD_DIM
-from pybigmodel.ops._checks import name_of
 from pybigmodel.ops._common import PRECISIONS, Precision, precision_code
 from pybigmodel.ops.attention import attention, attention_varlen
 
@@ -321,15 +320,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return f"{self.embed_dim}, num_heads={self.num_heads}, precision={self.precision!r}"
 
 
-def _error(what: str, layer: str = "MultiheadAttention") -> RuntimeError:
-    return RuntimeError(f"pybigmodel.nn.{layer}: {what}")
-
-
-def check_mask(layer: str, name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise _error(f"{name} must be bool or floating, got {name_of(mask.dtype)}", layer)
-    if mask.shape != shape:
-        raise _error(f"{name} must have shape {shape}, got {tuple(mask.shape)}", layer)
+def _error(what: str) -> RuntimeError:
+    return RuntimeError(f"pybigmodel.nn.MultiheadAttention: {what}")
 
 
 def _layouts(

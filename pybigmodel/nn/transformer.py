@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pybigmodel._torch_private import autocast_enabled, hooked_everywhere
-from pybigmodel.nn._masks import hides_the_future
+from pybigmodel.nn._masks import check_mask, hides_the_future
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
-from pybigmodel.nn.multihead_attention import MultiheadAttention, check_mask
+from pybigmodel.nn.multihead_attention import MultiheadAttention
 from pybigmodel.ops._common import Activation, Precision
 
 ActivationFunction = str | Callable[[Tensor], Tensor]

@@ -27,6 +27,7 @@ _int8_weight_only_linear = torch.ops.pybigmodel.int8_weight_only_linear.default
 _is_grad_enabled = torch.is_grad_enabled
 # In a state_dict. Not "weight", which with strict=False a float layer would load.
 _KEY = "weight_int8"
+_ADVICE = "leave such layers out of pbm.optimize (pbm.restore puts torch's back)"
 
 
 class Int8Linear(torch.nn.Module):
@@ -164,8 +165,13 @@ class Int8Linear(torch.nn.Module):
             else:
                 y = _int8_linear(input, packed, scale, bias, None, activation, self.symmetric)
         except NotImplementedError as error:
-            advice = "leave such layers out of pbm.optimize"
-            raise no_kernel("Int8Linear", advice, input=input, **buffers) from error
+            raise no_kernel("Int8Linear", _ADVICE, input=input, **buffers) from error
+        except RuntimeError as error:
+            if input.dtype != torch.float64:
+                raise
+            raise RuntimeError(
+                f"pybigmodel.nn.Int8Linear does not compute in float64; {_ADVICE}"
+            ) from error
         return y
 
     # --- state -----------------------------------------------------------------------------------

@@ -188,13 +188,14 @@ def test_another_precision_is_not_silently_the_first(model) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("kind", ["Linear", "MultiheadAttention"])
+@pytest.mark.parametrize("kind", ["Linear", "Int8Linear", "MultiheadAttention"])
 def test_in_float64_the_layer_and_the_way_back_are_named(kind, grad) -> None:
-    layer = pbm.optimize(nn.Linear(8, 8) if kind == "Linear" else nn.MultiheadAttention(8, 2))
+    layer = nn.MultiheadAttention(8, 2) if kind == "MultiheadAttention" else nn.Linear(8, 8)
+    layer = pbm.optimize(layer, "int8" if kind == "Int8Linear" else "fp32")
     x = torch.randn(3, 8).double()
-    arguments = [x] if kind == "Linear" else [x, x, x]
+    arguments = [x, x, x] if kind == "MultiheadAttention" else [x]
     with torch.set_grad_enabled(grad):
         message = rf"pybigmodel\.nn\.{kind} does not compute in float64; .*pbm\.restore"
         with pytest.raises(RuntimeError, match=message):
             layer.double()(*arguments)
-        pbm.restore(layer)(*arguments)
+        pbm.restore(layer).double()(*arguments)

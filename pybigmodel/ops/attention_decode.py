@@ -297,7 +297,7 @@ def _attention_append_fake(
         check.check_shape(op, name, tokens, shape, f"must have shape {shape} to go into {into}")
 
 
-# --- autocast: to the cache's dtype, which cannot follow --------------------------------------------
+# --- autocast: to the cache's dtype, which cannot follow ------------------------------------------
 
 _library = torch.library.Library("pybigmodel", "IMPL")
 

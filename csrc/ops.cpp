@@ -16,9 +16,13 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("int8_weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int activation) -> Tensor");
 
   // --- attention: softmax(scale·q·kᵀ + …)·v, its log-sum-exp, and the rows' maxima and sums for backward. window: negative is unbounded; precision: 0 fp32, 1 bf16
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool for_backward) -> (Tensor, Tensor, Tensor)");
   m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
   m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
+
+  // --- decoding: new tokens into a cache of keys and values, in place; attention of a few queries over it
+  m.def("attention_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? block_table) -> ()");
+  m.def("attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, Tensor? k_scale, Tensor? v_scale, Tensor? alibi_slopes, int new_tokens, int window_left, float softcap, float scale) -> (Tensor, Tensor)");
 }
 // clang-format on

@@ -29,6 +29,11 @@ AttentionProblem attention_problem(const char* op, const Tensor& q, const Tensor
 AttentionProblem varlen_problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const AttentionOptions& o);
 
+// Refuses what no kernel can do with; `o` of a problem of `batch` sequences and `heads` query heads.
+void check_options(const char* op, const AttentionOptions& o, const Tensor& q, int64_t batch, int64_t heads);
+// Everything of `o` but the mask to p->a, whose heads are set.
+void set_options(const AttentionOptions& o, AttentionProblem* p);
+
 // (b, h, i, d) in place where the last dimension is contiguous; 3-dimensional tensors are (i, h, d).
 AttentionOperand operand(const char* name, const Tensor& t, AttentionProblem* p);
 

@@ -53,26 +53,6 @@ AttentionMask mask_of(const Tensor& mask, AttentionProblem* p) {
   return out;
 }
 
-void set_options(const AttentionOptions& o, AttentionProblem* p) {
-  Attention& a = p->a;
-  a.scale = static_cast<float>(o.scale);
-  a.softcap = static_cast<float>(o.softcap);
-  a.left = o.window_left;
-  a.right = o.window_right;
-  a.bottom_right = o.bottom_right;
-  if (o.alibi_slopes) {
-    const Tensor slopes = as_contiguous(*o.alibi_slopes);
-    p->kept.push_back(slopes);
-    a.slopes = static_cast<const float*>(data_of("alibi_slopes", slopes));
-    a.slopes_batch = slopes.dim() == 2 ? a.heads : 0;
-  }
-  if (o.dropout_p > 0) {
-    a.dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(data_of("dropout_seed", *o.dropout_seed)));
-    a.dropout.threshold = static_cast<int32_t>(std::nearbyint(o.dropout_p * (1 << 24)));
-    a.dropout.factor = o.dropout_p < 1 ? static_cast<float>(1 / (1 - o.dropout_p)) : 0.f;
-  }
-}
-
 Flavour flavour_of(const Tensor& q, int64_t precision) {
   return precision == 1 || q.scalar_type() == ScalarType::BFloat16 ? Flavour::bf16 : Flavour::f32;
 }
@@ -117,6 +97,8 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
                     "'s last dimension must be in 1..256, got ", t.size(dim - 1));
 }
 
+}  // namespace
+
 void check_options(const char* op, const AttentionOptions& o, const Tensor& q, int64_t batch, int64_t heads) {
   STD_TORCH_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": softcap must be finite and at least 0, got ",
                   o.softcap);
@@ -136,7 +118,25 @@ void check_options(const char* op, const AttentionOptions& o, const Tensor& q, i
   }
 }
 
-}  // namespace
+void set_options(const AttentionOptions& o, AttentionProblem* p) {
+  Attention& a = p->a;
+  a.scale = static_cast<float>(o.scale);
+  a.softcap = static_cast<float>(o.softcap);
+  a.left = o.window_left;
+  a.right = o.window_right;
+  a.bottom_right = o.bottom_right;
+  if (o.alibi_slopes) {
+    const Tensor slopes = as_contiguous(*o.alibi_slopes);
+    p->kept.push_back(slopes);
+    a.slopes = static_cast<const float*>(data_of("alibi_slopes", slopes));
+    a.slopes_batch = slopes.dim() == 2 ? a.heads : 0;
+  }
+  if (o.dropout_p > 0) {
+    a.dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(data_of("dropout_seed", *o.dropout_seed)));
+    a.dropout.threshold = static_cast<int32_t>(std::nearbyint(o.dropout_p * (1 << 24)));
+    a.dropout.factor = o.dropout_p < 1 ? static_cast<float>(1 / (1 - o.dropout_p)) : 0.f;
+  }
+}
 
 AttentionOperand operand(const char* name, const Tensor& t, AttentionProblem* p) {
   const int64_t dim = t.dim();

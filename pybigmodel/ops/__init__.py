@@ -2,6 +2,7 @@
 
 from pybigmodel.ops import _flops as _flops
 from pybigmodel.ops.attention import attention, attention_varlen
+from pybigmodel.ops.attention_decode import attention_append_, attention_decode
 from pybigmodel.ops.int8_linear import (
     int8_linear,
     int8_weight_only_linear,
@@ -13,6 +14,8 @@ from pybigmodel.ops.linear import linear, linear_packed, pack_linear_weight
 
 __all__ = [
     "attention",
+    "attention_append_",
+    "attention_decode",
     "attention_varlen",
     "int8_linear",
     "int8_weight_only_linear",

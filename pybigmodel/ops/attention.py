@@ -121,6 +121,7 @@ def attention(
         dropout_p,
         options.scale,
         code,
+        False,
     )
     out, lse, _ = _attention(*arguments)
     return (out, lse) if return_lse else out
@@ -209,7 +210,7 @@ def _options(
 ) -> _Options:
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: alibi_slopes requires grad, and it has no gradient: detach it")
-    left, right = _window(window)
+    left, right = window_sides(window)
     if causal:
         right = 0
     seed = None
@@ -225,7 +226,7 @@ def _options(
     return _Options(seed, left, right, scale)
 
 
-def _window(window: Window) -> tuple[int, int]:
+def window_sides(window: Window) -> tuple[int, int]:
     if window is None:
         return -1, -1
     try:
@@ -252,9 +253,10 @@ def _is_bottom_right(causal_align: str) -> bool:
 
 @torch.library.register_fake("pybigmodel::attention")
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *options: Any
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "attention"
+    *options, _for_backward = rest
     check_attention(op, q, k, v, 4)
     check_options(op, q, q.shape[0], q.shape[1], *options)
     check_mask(op, attn_mask, q, k)
@@ -360,7 +362,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        results: tuple[Tensor, Tensor, Tensor] = below_autograd(_attention, *args)
+        # With statistics from which backward repeats the probabilities to the bit.
+        results: tuple[Tensor, Tensor, Tensor] = below_autograd(_attention, *args[:-1], True)
         return results
 
     @staticmethod
@@ -368,7 +371,7 @@ class _Attention(torch.autograd.Function):
         out, _, statistics = output
         ctx.save_for_backward(*inputs[:6], out, statistics)
         ctx.mark_non_differentiable(statistics)
-        ctx.options = inputs[6:]
+        ctx.options = inputs[6:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -377,7 +380,7 @@ class _Attention(torch.autograd.Function):
         grad_out, grad_lse, _ = grads
         if grad_out is None:
             if grad_lse is None:
-                return (None,) * 13
+                return (None,) * 14
             grad_out = torch.zeros_like(out)
         need_q, need_k, need_v, need_mask, *_ = ctx.needs_input_grad
         need_mask = need_mask and mask is not None
@@ -400,7 +403,7 @@ class _Attention(torch.autograd.Function):
             grad_k if need_k else None,
             grad_v if need_v else None,
             grad_mask if need_mask else None,
-            *(None,) * 9,
+            *(None,) * 10,
         )
 
     @staticmethod

@@ -257,6 +257,15 @@ def formula(case: Case) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def kernel_of(case: Case) -> str:
+    """Of a forward pass without gradients, the tier left out."""
+    rows = case.q.shape[1] // case.k.shape[1] * case.q.shape[2]
+    bf16 = case.q.dtype == torch.bfloat16
+    if rows > (8 if bf16 else 16) or case.options.get("dropout_p"):
+        return "attention_bf16" if bf16 else "attention_f32"
+    return "attention_decode_" + {4: "f32", 2: "bf16" if bf16 else "f16"}[case.q.itemsize]
+
+
 def lse_in_fp32(case: Case) -> Tensor:
     """What fp32 makes of the same rounded inputs: the lse is fp32 whatever q's dtype is."""
     lse: Tensor = case.to(torch.float32).call(reference.attention)[1]

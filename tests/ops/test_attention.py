@@ -14,6 +14,7 @@ from attention_cases import (
     check_forward,
     check_lse,
     exact,
+    kernel_of,
     layouts,
     make,
     matrix,
@@ -39,10 +40,21 @@ def both(case: Case, **more: Any) -> tuple[Tensor, Tensor]:
 def test_matrix(isa: str, choice: dict[str, Any]) -> None:
     case = make(choice)
     out, lse = both(case)
-    flavour = "bf16" if choice["dtype"] == torch.bfloat16 else "f32"
-    assert _native.last_kernel() == f"attention_{flavour}.{isa}"
+    assert _native.last_kernel() == f"{kernel_of(case)}.{isa}"
     check_forward(case, out, lse)
     assert_exact(case.call(ops.attention), out)
+
+
+FEW = [choice for choice in MATRIX if "decode" in kernel_of(make(choice))]
+
+
+@pytest.mark.parametrize("choice", FEW, ids=map(name_of, FEW))
+def test_few_rows_for_backward(isa: str, choice: dict[str, Any]) -> None:
+    """Of the kernel that backward repeats."""
+    case = make(choice)
+    out, lse = both(case.leaves("q")[0])
+    assert not _native.last_kernel().startswith("attention_decode")
+    check_forward(case, out.detach(), lse.detach())
 
 
 def check_together(cases: Iterable[Case]) -> None:
@@ -76,7 +88,7 @@ def test_every_length(isa: str, threads: None, dtype: torch.dtype, causal: str |
 @pytest.mark.parametrize("hkv", [1, 2, 3, 6])
 def test_heads_share_keys(isa: str, hq: int, hkv: int) -> None:
     """Query head h reads head h // (Hq/Hkv): to the bit as if the keys were repeated."""
-    case = make({"shape": (2, hq, hkv, 13, 40, 32, 24), "dtype": torch.float32})
+    case = make({"shape": (2, hq, hkv, 17, 40, 32, 24), "dtype": torch.float32})
     k, v = (t.repeat_interleave(hq // hkv, 1) for t in (case.k, case.v))
     for got, expected in zip(both(case), both(Case(case.q, k, v)), strict=True):
         assert_exact(got, expected)

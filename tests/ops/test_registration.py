@@ -46,6 +46,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "int8_weight_only_linear": (x, packed, scale, b, r, 3),
         "int8_weight_only_linear, bf16": (x3.to(half), packed, scale, None, None, 0),
         **attention_samples(),
+        **decoding_samples(),
     }
 
 
@@ -63,8 +64,8 @@ def attention_samples() -> dict[str, tuple[Any, ...]]:
     packed = {"": (*rows, *starts, *plain), ", rich": (*rows, *starts, *rich)}
     samples: dict[str, tuple[Any, ...]] = {}
     for name, args in dense.items():
-        out, lse, statistics = pbm.attention(*args)
-        samples[f"attention{name}"] = args
+        out, lse, statistics = pbm.attention(*args, True)
+        samples[f"attention{name}"] = (*args, False)
         seeds = torch.randn_like(out), torch.randn_like(lse)
         saved = (*seeds, *args[:3], out, statistics, *args[3:], name != ", bf16")
         samples[f"attention_backward{name}"] = saved
@@ -80,6 +81,22 @@ def attention_samples() -> dict[str, tuple[Any, ...]]:
             *args[3:],
         )
     return samples
+
+
+def decoding_samples() -> dict[str, tuple[Any, ...]]:
+    q, slopes = torch.randn(2, 4, 3, 16), torch.rand(4)
+    lengths = torch.tensor([9, 2], dtype=torch.int32)
+    k, v = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 12)
+    caches = torch.randn(2, 2, 13, 16), torch.randn(2, 2, 13, 12)
+    codes = tuple(torch.ones(4, 2, 8, width, dtype=torch.int8) for width in (16, 12))
+    scales = torch.rand(4, 2, 8), torch.rand(4, 2, 8)
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    return {
+        "attention_decode": (q, *caches, lengths, None, None, None, None, 3, -1, 0.0, 0.5),
+        "attention_decode, int8": (q, *codes, lengths, table, *scales, slopes, 0, 5, 2.0, 0.5),
+        "attention_append_": (*caches, None, None, k, v, lengths, None),
+        "attention_append_, int8": (*codes, *scales, k, v, lengths, table),
+    }
 
 
 @pytest.mark.parametrize("name", list(samples()))

@@ -24,6 +24,8 @@ void gemm(const Gemm& g, Range m, Range n);
 void attention_forward(const Attention& a, const AttentionItem& item);
 void attention_backward(const Attention& a, const AttentionGradients& g, const AttentionBackwardItem& item);
 void attention_mask_gradient(const Attention& a, const AttentionGradients& g, const AttentionMaskItem& item);
+void attention_decode(const AttentionDecode& p, const DecodeItem& item, const DecodeItem* next);
+void attention_decode_merge(const AttentionDecode& p, const DecodeItem* items, int64_t count);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);
 void column_sum(const ColumnSum& s, int64_t begin, int64_t end);

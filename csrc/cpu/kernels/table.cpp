@@ -14,6 +14,8 @@ const Kernels table = {
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
     .attention_mask_gradient = attention_mask_gradient,
+    .attention_decode = attention_decode,
+    .attention_decode_merge = attention_decode_merge,
 };
 
 }  // namespace pbm::PBM_TIER

@@ -3,6 +3,7 @@
 
 #include "common/isa.h"
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/attention_decode.h"
 #include "cpu/kernels/brgemm.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/quantize.h"
@@ -24,6 +25,10 @@ struct Kernels {
   void (*attention_forward)(const Attention&, const AttentionItem&);
   void (*attention_backward)(const Attention&, const AttentionGradients&, const AttentionBackwardItem&);
   void (*attention_mask_gradient)(const Attention&, const AttentionGradients&, const AttentionMaskItem&);
+  // One part of a cache to item.partial; `next`, where it is not null, is what this thread does after it.
+  void (*attention_decode)(const AttentionDecode&, const DecodeItem& item, const DecodeItem* next);
+  // All parts of one (sequence, kv head), in their order, to out and lse.
+  void (*attention_decode_merge)(const AttentionDecode&, const DecodeItem* items, int64_t count);
 };
 
 const Kernels& kernels();  // of active_isa()

@@ -20,5 +20,9 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
   m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");
+
+  // --- additive attention: softmax(Σ v·tanh(query + key))·value and its log-sum-exp
+  m.def("additive_attention(Tensor query, Tensor key, Tensor value, Tensor v, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p) -> (Tensor, Tensor)");
+  m.def("additive_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor v, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p, bool need_hidden, bool need_value, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 // clang-format on

@@ -14,6 +14,9 @@ const Kernels table = {
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
     .attention_mask_gradient = attention_mask_gradient,
+    .additive = {additive_prepare, additive_forward, additive_score_gradients, additive_hidden_gradients,
+                 additive_value_gradients, additive_mask_gradient, additive_few_scores, additive_few_output,
+                 additive_few_score_gradients, additive_few_gradients, additive_few_sums},
 };
 
 }  // namespace pbm::PBM_TIER

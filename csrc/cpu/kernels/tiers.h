@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/isa.h"
+#include "cpu/kernels/additive_attention.h"
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/brgemm.h"
 #include "cpu/kernels/gemm.h"
@@ -24,6 +25,7 @@ struct Kernels {
   void (*attention_forward)(const Attention&, const AttentionItem&);
   void (*attention_backward)(const Attention&, const AttentionGradients&, const AttentionBackwardItem&);
   void (*attention_mask_gradient)(const Attention&, const AttentionGradients&, const AttentionMaskItem&);
+  AdditiveKernels additive;
 };
 
 const Kernels& kernels();  // of active_isa()

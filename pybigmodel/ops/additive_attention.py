@@ -55,11 +55,11 @@ def additive_attention(
     Returns:
         (B, Sq, Dv), query's dtype; with ``return_lse`` a pair.
 
-    Numerics: everything in float32, one rounding to query's dtype. From e^(2·query) and e^(2·key),
-    or from tanh of both where a column of keys is small, each tanh(x) is off by at most 3e-7 and by
-    at most 1e-6·(|query| + |key|), so that a score is off by at most 3e-7·Σ|v| before the rounding of its
-    sum. Keys beyond ±15 are computed by tanh itself, at a fourth of the speed. Results depend
-    neither on the number of threads nor, for a query, on the other queries.
+    Numerics: everything in float32, one rounding to query's dtype. A score is off by at most
+    1e-6·Σ|v|, and where the keys of a column are below 0.75 by at most 1e-6·Σ|v|·(|query| + |key|);
+    by much less in sums of many columns. Beyond ±15, keys take a slower way. For a query, results
+    depend neither on the other queries, unless there are three or fewer, nor on the batch, nor on
+    the number of threads; gradients are deterministic.
 
     Raises:
         RuntimeError: a wrong dtype, shape, device or value, naming the argument; a second

@@ -170,11 +170,12 @@ float softmax(float* s, int64_t keys) {
   Vec largest = set1(-INFINITY);
   for (int64_t j = 0; j < keys; j += 16) largest = vmax(largest, load(s + j));
   const float m = reduce_max(largest);
-  if (!(m > -INFINITY)) {  // nothing is visible, or NaN
-    float worst = 0;
-    for (int64_t j = 0; j < keys; j++) worst = std::isnan(s[j]) ? NAN : worst;
-    for (int64_t j = 0; j < ceil_div(keys, 16) * 16; j++) s[j] = worst;
-    return std::isnan(worst) ? NAN : -INFINITY;
+  if (!(m > -INFINITY && m < INFINITY)) {  // nothing is visible, or a score is infinite or NaN
+    float lse = m;
+    for (int64_t j = 0; j < keys; j++) lse = std::isnan(s[j]) ? NAN : lse;
+    const float p = lse == -INFINITY ? 0 : NAN;  // of an infinite score, ∞ − ∞
+    for (int64_t j = 0; j < ceil_div(keys, 16) * 16; j++) s[j] = p;
+    return lse;
   }
   Vec sums[2] = {zero(), zero()};
   for (int64_t j = 0; j < keys; j += 16) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pybigmodel import ops
 from pybigmodel.reference.additive_attention import additive_attention as reference
+from pybigmodel.testing import assert_no_worse, measure_error
+from pybigmodel.testing.tolerance import FACTOR
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 Shape = tuple[int, int, int, int, int]
@@ -148,3 +150,24 @@ def theirs(case: Case) -> tuple[Tensor, Tensor]:
 def in_fp32(case: Case) -> tuple[Tensor, Tensor]:
     out, lse = case.to(torch.float32).call(reference)
     return out, lse
+
+
+MAXIMUM_FACTOR = 3.0  # the largest of thousands of errors, beside torch's largest: luck up to this
+
+
+def assert_policy(
+    triples: Iterable[tuple[Tensor, Tensor, Tensor]], floor_ulps: float = 2.0
+) -> None:
+    """Results, torch's and exact ones, several together: the policy of docs/numerics.md."""
+    got, other, expected = (
+        torch.cat([t.detach().flatten() for t in ts]) for ts in zip(*triples, strict=True)
+    )
+    assert_no_worse(got, other, expected, factor=MAXIMUM_FACTOR, floor_ulps=floor_ulps)
+    mine, theirs = (measure_error(t, expected).frobenius for t in (got, other))
+    limit = max(FACTOR * theirs, floor_ulps * torch.finfo(got.dtype).eps)
+    assert mine <= limit, f"Frobenius error {mine:.3g} is above {limit:.3g}; torch has {theirs:.3g}"
+
+
+def sizes(stop: int, dtype: torch.dtype) -> range:
+    """All from 1 on, or one in seven."""
+    return range(1, stop, 1 if dtype == torch.float32 else 7)

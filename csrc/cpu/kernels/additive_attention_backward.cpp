@@ -258,7 +258,6 @@ void additive_mask_gradient(const AdditiveAttention& a, const AdditiveGradients&
       store_n(to, add(load_n(to, n), sum), n);
     }
   }
-  note_kernel(kName);
 }
 
 }  // namespace pbm::PBM_TIER

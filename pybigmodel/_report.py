@@ -16,7 +16,10 @@ log = logging.getLogger("pybigmodel")
 
 @dataclass(frozen=True)
 class Row:
-    """One linear layer of a model; `left` is the reason for which it was not replaced."""
+    """One layer of a model; `left` is the reason for which it was not replaced.
+
+    What is measured of attention and transformer layers stands in the row of the outermost one.
+    """
 
     path: str  # as in named_modules(); "" is the model itself
     layer: str

@@ -42,10 +42,13 @@ def optimize(
     inplace: bool = False,
     keep_original: bool = True,
 ) -> Model:
-    """The model with its linear layers on this library's kernels.
+    """The model with its linear layers and its attention on this library's kernels.
 
     Every torch.nn.Linear becomes a :class:`pybigmodel.nn.Linear` ("fp32", "bf16") or a
-    :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"). What cannot or
+    :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"); every
+    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer and stack of these becomes
+    pybigmodel.nn's of that name, with the linear layers in it. ("int8" leaves the projections of
+    queries, keys and values, and attention itself, in the dtype that they have.) What cannot or
     should not be replaced stays, and :func:`report` says why. The modules stay the same objects and
     change their class, so hooks, shared modules, tied weights and what refers to them stay too.
 
@@ -56,7 +59,8 @@ def optimize(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With it the
             model is run once (in eval mode, without gradients), each layer is timed against its
             replacement on what it gets there, and only what is faster and right is replaced: layers
-            that the run does not call stay.
+            that the run does not call stay. Attention and transformer layers are tried as a whole,
+            the outermost of them, and replaced as a whole.
         include, exclude: name patterns (as "encoder.*.query"; * also matches dots), module types,
             or a sequence of both. A layer matches if it, or a module that contains it, does.
         inplace: False copies the model first (copy.deepcopy: its Parameters too, so that training
@@ -114,7 +118,7 @@ def optimize(
 
 
 def report(model: nn.Module) -> Report:
-    """What :func:`optimize` did to each linear layer of the model, or of the parts it was given.
+    """What :func:`optimize` did to each layer of the model, or of the parts it was given.
 
     Raises:
         ValueError: neither the model nor a part of it was optimized.

@@ -3,8 +3,6 @@ for language models. Every call appends its key and value, so the cache grows.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import openvino
 from attention_shapes import Decode
@@ -15,8 +13,6 @@ from torch import Tensor
 from peers import Contender, Errors
 from peers.openvino_request import ELEMENTS, compiled, empty, from_torch, to_torch
 from peers.torch_attention import caches
-
-_CHUNK = 256  # tokens that fill the cache at a time; the op computes as many queries
 
 
 def _constant(*values: int) -> openvino.Node:
@@ -54,11 +50,6 @@ def _model(problem: Decode) -> openvino.Model:
     return openvino.Model([ov.result(y)], [stores_k, stores_v], [q, k, v, order])
 
 
-def _feed(request: openvino.InferRequest, tensors: Sequence[Tensor], precision: str) -> None:
-    for i, tensor in enumerate(tensors):
-        request.set_input_tensor(i, from_torch(tensor, precision))
-
-
 def build(problem: Decode) -> Contender:
     precision, data = problem.precision, problem.data
     program = compiled(
@@ -73,16 +64,13 @@ def build(problem: Decode) -> Contender:
     def filled(k: Tensor, v: Tensor) -> openvino.InferRequest:
         """A request whose next call appends the last token and answers `q`."""
         request = program.create_infer_request()
-        request.set_input_tensor(3, order)
         past = problem.keys - 1
-        for start in range(0, past, _CHUNK):
-            chunk = slice(start, min(start + _CHUNK, past))
-            queries = data.q.new_zeros(1).expand(
-                problem.b, problem.heads, chunk.stop - start, problem.d
-            )
-            _feed(request, [queries, k[:, :, chunk], v[:, :, chunk]], precision)
-            request.infer()
-        _feed(request, [data.q, k[:, :, past:], v[:, :, past:]], precision)
+        for state in request.query_state():
+            half = {"k": k, "v": v}[state.name]
+            state.state = from_torch(half[:, :, :past], precision)
+        for i, tensor in enumerate((data.q, k[:, :, past:], v[:, :, past:])):
+            request.set_input_tensor(i, from_torch(tensor, precision))
+        request.set_input_tensor(3, order)
         request.set_output_tensor(0, y)
         return request
 

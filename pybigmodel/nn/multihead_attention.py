@@ -32,8 +32,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
             device, dtype: as torch's; embed_dim / num_heads ≤ 256.
-        precision: "fp32", or "bf16": all products of operands rounded to bfloat16, summed in fp32;
-            tensors keep their dtype. bfloat16 weights always take the latter. May be assigned.
+        precision: "fp32", or "bf16": products of operands rounded to bfloat16, summed in fp32 (but
+            for attention's where the weights are asked for); tensors keep their dtype. bfloat16
+            weights always take the latter. May be assigned.
 
     Call it as torch's: with (L, N, E) tensors or, with ``batch_first``, (N, L, E), or without N;
     ``key_padding_mask`` (N, S) or (S,), and ``attn_mask`` (L, S) or (N·num_heads, L, S), of bool
@@ -122,7 +123,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self.out_proj(heads), weights
 
     def packed(self, x: Tensor, starts: Tensor) -> Tensor:
-        """Self-attention of sequences that lie end to end; no weights, no masks, no hooks.
+        """Self-attention of sequences that lie end to end; no weights, no masks, no hooks, and
+        nothing of bias_k, bias_v and add_zero_attn.
 
         Args:
             x: (T, embed_dim).

@@ -107,6 +107,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return (
             type(attention) is MultiheadAttention
             and attention.batch_first
+            and attention.bias_k is None
+            and not attention.add_zero_attn
             and not _hooked(attention)
             and type(self)._sa_block is nn.TransformerEncoderLayer._sa_block
         )

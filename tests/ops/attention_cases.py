@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from linear_cases import poison
 from torch import Tensor
 
+from pybigmodel import _native
 from pybigmodel.reference import attention as reference
 from pybigmodel.testing import assert_no_worse, measure_error
 from pybigmodel.testing.tolerance import FACTOR, FLOOR_ULPS
@@ -271,10 +272,14 @@ LSE_BOUNDS = {"fp32": 3e-7, "bf16": 4e-6}
 
 
 CAPPED_FACTOR = 3.0  # tanh has 2.5 ulp, torch's about 1
+SCALAR_FACTOR = 2.5  # products and sums are rounded apart: with D = 256, twice torch's error in all
 
 
 def factor(case: Case) -> float:
-    return CAPPED_FACTOR if case.options.get("softcap") else FACTOR
+    """Of torch's error, what a result may have."""
+    if case.options.get("softcap"):
+        return CAPPED_FACTOR
+    return SCALAR_FACTOR if _native.active_isa() == "scalar" else FACTOR
 
 
 def check_lse(case: Case, lse: Tensor, products: str | None = None) -> None:

@@ -79,9 +79,7 @@ def check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor, name: str = "
 
 
 def check_dropout(op: str, dropout_seed: Tensor | None, dropout_p: float) -> None:
-    torch._check(
-        0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}"
-    )
+    torch._check(0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     if dropout_p != 0:
         torch._check(
             dropout_seed is not None,

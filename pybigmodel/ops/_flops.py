@@ -47,9 +47,7 @@ def _int8_linear(
 
 
 @register_flop_formula(_ops.additive_attention)
-def _additive_attention(
-    query: Shape, key: Shape, value: Shape, *rest: Any, **kwargs: Any
-) -> int:
+def _additive_attention(query: Shape, key: Shape, value: Shape, *rest: Any, **kwargs: Any) -> int:
     return 2 * prod(query[:2]) * key[1] * (query[2] + value[2])
 
 

@@ -51,7 +51,7 @@ MASKS: dict[str, Callable[[Shape, torch.dtype], Tensor | None]] = {
     "row bias": lambda s, t: torch.randn(s[0], s[1], 1),
 }
 
-# By size of query and key: tanh q and tanh k, both forms side by side, e^(2q) and e^(2k), tanh itself.
+# Sizes of query and key: tanh q, tanh k; both forms side by side; e^(2q), e^(2k); tanh itself.
 SIZES = [0.02, 0.35, 1.5, 9.0]
 FACTORS: dict[str, list[Any]] = {
     "shape": SHAPES,

@@ -1,9 +1,7 @@
-"""additive_attention: values and lse, the error of scores, layouts, masks, tiers, threads, memory."""
+"""additive_attention: values and lse, the error of scores, layouts, masks, tiers, threads."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -265,13 +263,11 @@ def test_a_bad_v(isa: str, queries: int) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-# --- determinism, tiers, memory -------------------------------------------------------------------
+# --- determinism, tiers -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_threads_and_neighbours_change_nothing(
-    isa: str, dtype: torch.dtype, threads: None
-) -> None:
+def test_threads_and_neighbours_change_nothing(isa: str, dtype: torch.dtype, threads: None) -> None:
     for queries in (2, 150):
         case = make((3, queries, 300, 40, 24), dtype, "float32", dropout_p=0.2)
         results: list[tuple[Tensor, Tensor]] = []
@@ -287,8 +283,11 @@ def test_threads_and_neighbours_change_nothing(
         query = case.query[:, rows].expand(-1, max(4, rows.stop - rows.start), -1)
         for part, whole in zip(ours(case.replaced(query=query)), plain, strict=True):
             assert_exact(part[:, : rows.stop - rows.start], whole[:, rows])
-    for got, whole in zip(ours(case.replaced(**{n: t[1:2] for n, t in case.tensors().items()
-                                               if n != "v"})), plain, strict=True):
+    for got, whole in zip(
+        ours(case.replaced(**{n: t[1:2] for n, t in case.tensors().items() if n != "v"})),
+        plain,
+        strict=True,
+    ):
         assert_exact(got[0], whole[1])
 
 
@@ -301,28 +300,3 @@ def test_tiers_differ_by_rounding_only() -> None:
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
-
-
-# In a process of its own: the peak of this one belongs to other tests.
-GROWTH = """
-import resource, torch, pybigmodel as pbm
-def run(s):
-    q, k, value = (torch.full((1, s, 64), 0.1, requires_grad=True) for _ in range(3))
-    v = torch.ones(64, requires_grad=True)
-    out = pbm.ops.additive_attention(q, k, value, v)
-    grads = torch.autograd.grad(out.sum(), (q, k, value, v))
-    assert torch.allclose(out, torch.tensor(0.1)), out
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run(256)
-before = peak()
-run(6000)
-print((peak() - before) // 1024)
-"""
-
-
-def test_memory_grows_with_the_length_only() -> None:
-    run = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    # The matrix of scores would take 137 MiB, that of hyperbolic tangents 8.6 GiB; one of the ten
-    # or so tensors of the size of the input takes 1.5.
-    assert int(run.stdout) < 60, f"{run.stdout.strip()} MiB of working memory"

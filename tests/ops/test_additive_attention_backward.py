@@ -134,9 +134,7 @@ def test_every_broadcast_of_the_mask(isa: str, dtype: torch.dtype, kind: str) ->
 
 @pytest.mark.parametrize("queries", [2, 70])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_hidden_rows_and_keys_have_no_gradient(
-    isa: str, dtype: torch.dtype, queries: int
-) -> None:
+def test_hidden_rows_and_keys_have_no_gradient(isa: str, dtype: torch.dtype, queries: int) -> None:
     case = make((2, queries, 130, 20, 9), dtype)
     visible = some_hidden(queries, 130)
     visible[1], visible[:, 66:] = False, False
@@ -288,7 +286,9 @@ def test_compile_training() -> None:
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in ((2, 9, 20, 16, 8), (3, 7, 33, 12, 5), (2, 5, 70, 16, 8)):
         case, leaves = make(shape, mask="float32").leaves()
-        results = (torch.autograd.grad(f(*case.tensors().values()), leaves) for f in (loss, compiled))
+        results = (
+            torch.autograd.grad(f(*case.tensors().values()), leaves) for f in (loss, compiled)
+        )
         for expected, got in zip(*results, strict=True):
             assert_exact(got, expected)
 

@@ -136,7 +136,8 @@ int64_t rows_per_item(const AdditiveAttention& a, int64_t rows) {
   constexpr int64_t kTerms = 1 << 17, kMost = 16;  // 6 µs; so many rows share what is read of the keys
   const int64_t least = ceil_div(kTerms, std::max<int64_t>(a.keys * a.hidden, 1));
   const int64_t even = ceil_div(rows, 4 * torch::stable::get_num_threads());
-  return std::clamp<int64_t>(even, std::min<int64_t>(least, kAdditiveRows), std::max(std::min<int64_t>(least, kAdditiveRows), kMost));
+  return std::clamp<int64_t>(even, std::min<int64_t>(least, kAdditiveRows),
+                             std::max(std::min<int64_t>(least, kAdditiveRows), kMost));
 }
 
 namespace {

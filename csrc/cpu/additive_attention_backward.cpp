@@ -115,8 +115,9 @@ void check_gradients(const char* op, const Tensor& grad_out, const std::optional
 
 void check_mask_gradient(const char* op, const std::optional<Tensor>& mask, const AdditiveAttention& a) {
   STD_TORCH_CHECK(mask && a.mask.kind == MaskKind::additive && a.mask.column, op,
-                  ": attn_mask must be floating with a value for each of ", a.keys, " keys where need_mask is set, got ",
-                  mask ? shape_of(*mask) : "None", mask ? std::string(" of ") + dtype_name(mask->scalar_type()) : "");
+                  ": attn_mask must be floating with a value for each of ", a.keys,
+                  " keys where need_mask is set, got ", mask ? shape_of(*mask) : "None",
+                  mask ? std::string(" of ") + dtype_name(mask->scalar_type()) : "");
 }
 
 // fp32 zeros of the mask's shape.

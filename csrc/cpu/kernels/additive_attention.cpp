@@ -30,7 +30,7 @@ void transpose_keys(const AdditiveAttention& a, int64_t b, int64_t block, float*
   for (int64_t h = 0; h < a.hidden; h += 16)
     for (int64_t j = 0; j < kAdditiveKeys; j += 16) {
       IVec r[16];
-      PBM_UNROLL for (int x = 0; x < 16; x++) {
+  PBM_UNROLL for (int x = 0; x < 16; x++) {
         const int64_t key = block * kAdditiveKeys + j + x;
         r[x] = key < a.keys ? as_int(load16_n<T>(row_of(a.key, b, 0, key), h, static_cast<int>(min64(16, a.hidden - h))))
                             : izero();

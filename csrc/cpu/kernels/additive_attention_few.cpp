@@ -22,14 +22,15 @@ PBM_INLINE void each16(int64_t columns, F&& f) {
 
 // out[j] = the sum of the lanes of term(sum, x, y_j, h) over columns, four rows y at a time.
 template <DType T, class F>
-void sums_along(const char* x, const AttentionOperand& y, int64_t b, Range rows, int64_t columns, float* out, F&& term) {
+void sums_along(const char* x, const AttentionOperand& y, int64_t b, Range rows, int64_t columns, float* out,
+                F&& term) {
   constexpr int kAtOnce = 4;
   const int64_t stride = y.row * size_of(T);
   for (int64_t j = rows.begin; j < rows.end; j += kAtOnce) {
     const int count = static_cast<int>(min64(kAtOnce, rows.end - j));
     const char* first = row_of(y, b, 0, j);
     Vec sum[kAtOnce];
-    PBM_UNROLL for (int r = 0; r < kAtOnce; r++) sum[r] = zero();
+  PBM_UNROLL for (int r = 0; r < kAtOnce; r++) sum[r] = zero();
     each16(columns, [&](int64_t h, int n) __attribute__((always_inline)) {
       const Vec u = load16_n<T>(x, h, n);
       PBM_UNROLL for (int r = 0; r < kAtOnce; r++)

@@ -36,7 +36,8 @@ void additive_softmax(const AdditiveAttention& a, int64_t b, int64_t i, float* s
 // p of queries `rows` of sequence b.
 void additive_probabilities(const AdditiveAttention& a, int64_t b, Range rows, float* p);
 // One row of dO·value to ds, and of p to what multiplies dO.
-void additive_score_gradient(const AdditiveAttention& a, int64_t b, int64_t i, const float* d_lse, float* p, float* d_s);
+void additive_score_gradient(const AdditiveAttention& a, int64_t b, int64_t i, const float* d_lse, float* p,
+                             float* d_s);
 
 // x_j times what dropout multiplies the p of key j with, for a row.
 inline void drop(const AdditiveAttention& a, int64_t b, int64_t i, float* row) {
@@ -47,7 +48,8 @@ inline void drop(const AdditiveAttention& a, int64_t b, int64_t i, float* row) {
     float factors[4][16], in_order[64];
     for (int w = 0; w < 4; w++) store(factors[w], kept(c[w], a.dropout.threshold, a.dropout.factor));
     for (int x = 0; x < 64; x++) in_order[x] = factors[x % 4][x / 4];
-    for (int64_t x = 0; x < min64(64, a.keys - j); x += kWidth) store(row + j + x, mul(load(row + j + x), load(in_order + x)));
+    for (int64_t x = 0; x < min64(64, a.keys - j); x += kWidth)
+      store(row + j + x, mul(load(row + j + x), load(in_order + x)));
   }
 }
 

@@ -29,7 +29,8 @@ void additive_forward(const AdditiveAttention& a, const AdditiveItem& item);
 void additive_score_gradients(const AdditiveAttention& a, const AdditiveGradients& g, const AdditiveItem& item);
 void additive_hidden_gradients(const AdditiveAttention& a, const AdditiveGradients& g, const AdditivePart& x);
 void additive_value_gradients(const AdditiveAttention& a, const AdditiveGradients& g, const AdditivePart& x);
-void additive_mask_gradient(const AdditiveAttention& a, const AdditiveGradients& g, const AdditiveItem& item, Range keys);
+void additive_mask_gradient(const AdditiveAttention& a, const AdditiveGradients& g, const AdditiveItem& item,
+                            Range keys);
 void additive_few_scores(const AdditiveAttention& a, const AdditiveFew& f, int64_t b, int64_t part);
 void additive_few_output(const AdditiveAttention& a, const AdditiveFew& f, int64_t b);
 void additive_few_score_gradients(const AdditiveAttention& a, const AdditiveFew& f, int64_t b);

@@ -315,7 +315,8 @@ void compare(const Case& c, const Exactly& x, const char* tier, int iteration) {
     const bool half = a.query.dtype != DType::f32 && name[0] != 'l' && std::strcmp(name, "d_v") != 0 &&
                       std::strcmp(name, "d_mask") != 0;
     const double relative = worst.difference / worst.largest;
-    CHECK(relative < (half ? 4e-3 : 3e-5),
+    // What is left of terms that cancel is as exact as the terms.
+    CHECK(relative < (half ? 4e-3 : 3e-5) || worst.difference < 2e-6,
           "%s %d: %s is off by %.2e of its largest value (%s, %lld queries, %lld keys, hidden %lld, values %lld)", tier,
           iteration, name, relative, pbm::test::name(a.query.dtype), static_cast<long long>(a.queries),
           static_cast<long long>(a.keys), static_cast<long long>(a.hidden), static_cast<long long>(a.values));

@@ -7,6 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pybigmodel.ops._checks import name_of
+
+
+def check_mask(layer: str, name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses in the layer's name what is not a mask of this shape."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise RuntimeError(
+            f"pybigmodel.nn.{layer}: {name} must be bool or floating, got {name_of(mask.dtype)}"
+        )
+    if mask.shape != shape:
+        raise RuntimeError(
+            f"pybigmodel.nn.{layer}: {name} must have shape {shape}, got {tuple(mask.shape)}"
+        )
+
 
 def merged(
     attn_mask: Tensor | None,

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pybigmodel._torch_private import transforms_active
-from pybigmodel.nn._masks import merged
+from pybigmodel.nn._masks import check_mask, merged
 from pybigmodel.nn._packing import forget
 from pybigmodel.nn._product import Met, product
 from pybigmodel.nn.linear import Linear
-from pybigmodel.ops._checks import name_of
 from pybigmodel.ops._common import PRECISIONS, Precision, precision_code
 from pybigmodel.ops.attention import attention, attention_varlen
 
@@ -283,10 +282,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         lengths = query.shape[at_length], key.shape[at_length]
         if key_padding_mask is not None:
             expected = (batch[0], lengths[1]) if dim == 3 else lengths[1:]
-            _check_mask("key_padding_mask", key_padding_mask, expected)
+            check_mask("MultiheadAttention", "key_padding_mask", key_padding_mask, expected)
         if attn_mask is not None:
             by_head = (batch[0] * self.num_heads,) if attn_mask.dim() == 3 else ()
-            _check_mask("attn_mask", attn_mask, (*by_head, *lengths))
+            check_mask("MultiheadAttention", "attn_mask", attn_mask, (*by_head, *lengths))
 
     # --- packed copies: as in Linear -------------------------------------------------------------
 
@@ -322,13 +321,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 def _error(what: str) -> RuntimeError:
     return RuntimeError(f"pybigmodel.nn.MultiheadAttention: {what}")
-
-
-def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise _error(f"{name} must be bool or floating, got {name_of(mask.dtype)}")
-    if mask.shape != shape:
-        raise _error(f"{name} must have shape {shape}, got {tuple(mask.shape)}")
 
 
 def _layouts(

@@ -21,7 +21,8 @@ int main(int argc, char** argv) {
                           {"brgemm", test::test_brgemm},
                           {"gemm", test::test_gemm},
                           {"attention", test::test_attention},
-                          {"attention_decode", test::test_attention_decode}};
+                          {"attention_decode", test::test_attention_decode},
+                          {"additive", test::test_additive}};
   test::Options options;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; i++) {

@@ -98,6 +98,21 @@ GOOD["attention_append_"] = {
     **SCALES,
     **{"k": ((2, 2, 3, 16), F32), "v": ((2, 2, 3, 12), F32), **LENGTHS, **TABLE},
 }
+# Of additive attention: batch 2, 5 queries, 7 keys, H = 8, Dv = 6.
+ADDITIVE: dict[str, Any] = {
+    "query": ((2, 5, 8), F32),
+    "key": ((2, 7, 8), F32),
+    "value": ((2, 7, 6), F32),
+    "v": ((8,), F32),
+    "attn_mask": ((5, 7), F32),
+    "dropout_seed": ((1,), LONG),
+    "dropout_p": 0.5,
+}
+GOOD["additive_attention"] = ADDITIVE
+GOOD["additive_attention_backward"] = {
+    **{"grad_out": ((2, 5, 6), F32), "grad_lse": ((2, 5), F32), **ADDITIVE},
+    **{"need_hidden": True, "need_value": True, "need_mask": True},
+}
 GOOD["int8_weight_only_linear"] = {k: v for k, v in GOOD["int8_linear"].items() if k != "symmetric"}
 
 
@@ -191,6 +206,8 @@ def bad_calls() -> list[Bad]:
         ]
     for op in ATTENTION:
         calls += bad_attention(op)
+    for op in ("additive_attention", "additive_attention_backward"):
+        calls += bad_additive(op)
     return calls + bad_decoding()
 
 
@@ -315,6 +332,48 @@ def bad_attention(op: str) -> list[Bad]:
     return calls
 
 
+def bad_additive(op: str) -> list[Bad]:
+    names = ("query", "key", "value")
+    calls = [Bad(op, n, ((*GOOD[op][n][0][1:],), F32), str(GOOD[op][n][0][1:])) for n in names]
+    calls += [
+        Bad(op, "query", ((2, 5, 8), F64), "float64"),
+        Bad(op, "query", ((2, 5, 8), LONG), "int64"),
+        Bad(op, "query", ((), F32), "()"),
+        Bad(op, "key", ((2, 7, 8), BF16), "bfloat16"),
+        Bad(op, "key", ((3, 7, 8), F32), "(3, 7, 8)"),
+        Bad(op, "key", ((2, 7, 9), F32), "(2, 7, 9)"),
+        Bad(op, "value", ((2, 7, 6), torch.float16), "float16"),
+        Bad(op, "value", ((1, 7, 6), F32), "(1, 7, 6)"),
+        Bad(op, "value", ((2, 8, 6), F32), "(2, 8, 6)"),
+        Bad(op, "v", ((8,), BF16), "bfloat16"),
+        Bad(op, "v", ((9,), F32), "(9,)"),
+        Bad(op, "v", ((1, 8), F32), "(1, 8)"),
+        Bad(op, "attn_mask", ((5, 7), BF16), "bfloat16"),
+        Bad(op, "attn_mask", ((5, 7), LONG), "int64"),
+        Bad(op, "attn_mask", ((5, 6), F32), "(5, 6)"),
+        Bad(op, "attn_mask", ((3, 5, 7), F32), "(3, 5, 7)"),
+        Bad(op, "attn_mask", ((1, 1, 5, 7), F32), "(1, 1, 5, 7)"),
+        Bad(op, "dropout_seed", None, ""),
+        Bad(op, "dropout_seed", ((1,), torch.int32), "int32"),
+        Bad(op, "dropout_seed", ((2,), LONG), "(2,)"),
+        Bad(op, "dropout_p", -0.5, "-0.5"),
+        Bad(op, "dropout_p", 1.5, "1.5"),
+        Bad(op, "dropout_p", math.nan, "nan"),
+    ]
+    if "backward" in op:
+        calls += [
+            Bad(op, "grad_out", ((2, 5, 7), F32), "(2, 5, 7)"),
+            Bad(op, "grad_out", ((10, 6), F32), "(10, 6)"),
+            Bad(op, "grad_out", ((2, 5, 6), BF16), "bfloat16"),
+            Bad(op, "grad_lse", ((2, 5, 1), F32), "(2, 5, 1)"),
+            Bad(op, "grad_lse", ((2, 5), F64), "float64"),
+            Bad(op, "attn_mask", None, "None"),  # whose gradient is wanted
+            Bad(op, "attn_mask", ((5, 7), torch.bool), "bool"),
+            Bad(op, "attn_mask", ((5, 1), F32), "(5, 1)"),
+        ]
+    return calls
+
+
 def build(value: Any, device: str) -> Any:
     if isinstance(value, tuple):
         return torch.zeros(value[0], dtype=value[1], device=device)
@@ -374,9 +433,11 @@ def tensors_beside_input() -> list[Bad]:
         Bad(op, name, shapes.get(name, value), "meta")
         for op, arguments in GOOD.items()
         for name, value in arguments.items()
-        if name not in ("input", "q", "dropout_seed")  # a seed is a number: it stays on the CPU
+        if name
+        not in ("input", "q", "query", "dropout_seed")  # a seed is a number: it stays on the CPU
         and (isinstance(value, tuple) or name in shapes)
-        if "input" in arguments or "q" in arguments or (op == "attention_append_" and name != "k")
+        if not {"input", "q", "query"}.isdisjoint(arguments)
+        or (op == "attention_append_" and name != "k")
     ]
 
 

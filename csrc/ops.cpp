@@ -24,5 +24,9 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   // --- decoding: new tokens into a cache of keys and values, in place; attention of a few queries over it
   m.def("attention_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? block_table) -> ()");
   m.def("attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, Tensor? k_scale, Tensor? v_scale, Tensor? alibi_slopes, int new_tokens, int window_left, float softcap, float scale) -> (Tensor, Tensor)");
+
+  // --- additive attention: softmax(Σ v·tanh(query + key))·value and its log-sum-exp
+  m.def("additive_attention(Tensor query, Tensor key, Tensor value, Tensor v, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p) -> (Tensor, Tensor)");
+  m.def("additive_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor v, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p, bool need_hidden, bool need_value, bool need_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 // clang-format on

@@ -15,7 +15,7 @@ struct Buffer {
 }  // namespace
 
 void* scratch(ScratchSlot slot, size_t bytes) {
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[5];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (bytes > buffer.bytes) {
     std::free(buffer.data);

@@ -145,7 +145,7 @@ void check_caches(const char* op, const char* q_name, const Tensor& q, const Cac
                     ": block_table must have shape (", q.size(0), ", blocks), got ", shape_of(*c.block_table));
   } else {
     STD_TORCH_CHECK(c.k.size(0) == q.size(0), op, ": k_cache must have ", q_name, "'s batch size ", q.size(0),
-                    ", got shape ", shape_of(c.k));
+                    " without a block_table, got shape ", shape_of(c.k));
   }
 }
 

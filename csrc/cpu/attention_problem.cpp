@@ -3,13 +3,6 @@
 namespace pbm {
 namespace {
 
-void check_seed(const char* op, const std::optional<Tensor>& seed, double dropout_p) {
-  if (dropout_p == 0) return;
-  STD_TORCH_CHECK(seed, op, ": dropout_seed must be given where dropout_p is not 0");
-  check_dtype(op, "dropout_seed", *seed, ScalarType::Long);
-  STD_TORCH_CHECK(seed->numel() == 1, op, ": dropout_seed must have one element, got shape ", shape_of(*seed));
-}
-
 void check_mask(const char* op, const Tensor& mask, const Tensor& q, const Tensor& k) {
   const ScalarType t = mask.scalar_type();
   STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Float || t == q.scalar_type(), op,
@@ -103,10 +96,9 @@ void check_options(const char* op, const AttentionOptions& o, const Tensor& q, i
   STD_TORCH_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": softcap must be finite and at least 0, got ",
                   o.softcap);
   STD_TORCH_CHECK(std::isfinite(o.scale), op, ": scale must be finite, got ", o.scale);
-  STD_TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, op, ": dropout_p must be in [0, 1], got ", o.dropout_p);
   STD_TORCH_CHECK(o.precision == 0 || o.precision == 1, op, ": precision must be 0 (fp32) or 1 (bf16), got ",
                   o.precision);
-  check_seed(op, o.dropout_seed, o.dropout_p);
+  check_dropout(op, o.dropout_seed, o.dropout_p);
   if (o.alibi_slopes) {
     const Tensor& s = *o.alibi_slopes;
     check_dtype(op, "alibi_slopes", s, ScalarType::Float);
@@ -131,11 +123,22 @@ void set_options(const AttentionOptions& o, AttentionProblem* p) {
     a.slopes = static_cast<const float*>(data_of("alibi_slopes", slopes));
     a.slopes_batch = slopes.dim() == 2 ? a.heads : 0;
   }
-  if (o.dropout_p > 0) {
-    a.dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(data_of("dropout_seed", *o.dropout_seed)));
-    a.dropout.threshold = static_cast<int32_t>(std::nearbyint(o.dropout_p * (1 << 24)));
-    a.dropout.factor = o.dropout_p < 1 ? static_cast<float>(1 / (1 - o.dropout_p)) : 0.f;
-  }
+  a.dropout = dropout_of(o.dropout_seed, o.dropout_p);
+}
+
+void check_dropout(const char* op, const std::optional<Tensor>& seed, double dropout_p) {
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p must be in [0, 1], got ", dropout_p);
+  if (dropout_p == 0) return;
+  STD_TORCH_CHECK(seed, op, ": dropout_seed must be given where dropout_p is not 0");
+  check_dtype(op, "dropout_seed", *seed, ScalarType::Long);
+  STD_TORCH_CHECK(seed->numel() == 1, op, ": dropout_seed must have one element, got shape ", shape_of(*seed));
+}
+
+Dropout dropout_of(const std::optional<Tensor>& seed, double dropout_p) {
+  if (dropout_p == 0) return {};
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(data_of("dropout_seed", *seed))),
+          static_cast<int32_t>(std::nearbyint(dropout_p * (1 << 24))),
+          dropout_p < 1 ? static_cast<float>(1 / (1 - dropout_p)) : 0.f};
 }
 
 AttentionOperand operand(const char* name, const Tensor& t, AttentionProblem* p) {

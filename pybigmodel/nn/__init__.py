@@ -1,5 +1,7 @@
-"""Drop-in modules: torch's constructors, state_dicts and hooks on this library's ops."""
+"""Modules on this library's ops: drop-ins for torch's, and additive attention, which torch has
+not."""
 
+from pybigmodel.nn.additive_attention import AdditiveAttention
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
 from pybigmodel.nn.multihead_attention import MultiheadAttention
@@ -12,6 +14,7 @@ from pybigmodel.nn.transformer import (
 )
 
 __all__ = [
+    "AdditiveAttention",
     "Int8Linear",
     "Linear",
     "MultiheadAttention",

@@ -1,6 +1,7 @@
 """The ops: typed functions over ``torch.ops.pybigmodel``, one file per family."""
 
 from pybigmodel.ops import _flops as _flops
+from pybigmodel.ops.additive_attention import additive_attention
 from pybigmodel.ops.attention import attention, attention_varlen
 from pybigmodel.ops.attention_decode import attention_append_, attention_decode
 from pybigmodel.ops.int8_linear import (
@@ -13,6 +14,7 @@ from pybigmodel.ops.int8_linear import (
 from pybigmodel.ops.linear import linear, linear_packed, pack_linear_weight
 
 __all__ = [
+    "additive_attention",
     "attention",
     "attention_append_",
     "attention_decode",

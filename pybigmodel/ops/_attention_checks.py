@@ -55,14 +55,14 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, dim: int) -> None:
         )
 
 
-def check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+def check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor, name: str = "q") -> None:
     if mask is None:
         return
-    full = (*q.shape[:-1], k.shape[2])
+    full = (*q.shape[:-1], k.shape[-2])
     torch._check(
         mask.dtype in (torch.bool, torch.float32, q.dtype),
         lambda: (
-            f"{op}: attn_mask must be bool, float32 or {check.name_of(q.dtype)} as q is, got "
+            f"{op}: attn_mask must be bool, float32 or {check.name_of(q.dtype)} as {name} is, got "
             f"{check.name_of(mask.dtype)}"
         ),
     )
@@ -73,9 +73,26 @@ def check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor) -> None:
             f"{op}: attn_mask must be broadcastable to {tuple(full)}, got shape {tuple(mask.shape)}"
         )
 
-    torch._check(mask.dim() <= 4, message)
+    torch._check(mask.dim() <= len(full), message)
     for got, want in zip(reversed(mask.shape), reversed(full), strict=False):
         torch._check(got == 1 or got == want, message)
+
+
+def check_dropout(op: str, dropout_seed: Tensor | None, dropout_p: float) -> None:
+    torch._check(0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    if dropout_p != 0:
+        torch._check(
+            dropout_seed is not None,
+            lambda: f"{op}: dropout_seed must be given where dropout_p is not 0",
+        )
+        assert dropout_seed is not None
+        check.check_dtype(op, "dropout_seed", dropout_seed, torch.int64)
+        torch._check(
+            dropout_seed.numel() == 1,
+            lambda: (
+                f"{op}: dropout_seed must have one element, got shape {tuple(dropout_seed.shape)}"
+            ),
+        )
 
 
 def check_options(
@@ -98,24 +115,11 @@ def check_options(
         lambda: f"{op}: softcap must be finite and at least 0, got {softcap}",
     )
     torch._check(math.isfinite(scale), lambda: f"{op}: scale must be finite, got {scale}")
-    torch._check(0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     torch._check(
         precision in (0, 1),
         lambda: f"{op}: precision must be 0 (fp32) or 1 (bf16), got {precision}",
     )
-    if dropout_p != 0:
-        torch._check(
-            dropout_seed is not None,
-            lambda: f"{op}: dropout_seed must be given where dropout_p is not 0",
-        )
-        assert dropout_seed is not None
-        check.check_dtype(op, "dropout_seed", dropout_seed, torch.int64)
-        torch._check(
-            dropout_seed.numel() == 1,
-            lambda: (
-                f"{op}: dropout_seed must have one element, got shape {tuple(dropout_seed.shape)}"
-            ),
-        )
+    check_dropout(op, dropout_seed, dropout_p)
     if alibi_slopes is not None:
         check.check_dtype(op, "alibi_slopes", alibi_slopes, torch.float32)
         check.check_same_device(op, "alibi_slopes", alibi_slopes, q)

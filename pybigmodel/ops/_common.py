@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pybigmodel._torch_private import forward_ad, is_dual
+from pybigmodel._torch_private import below_autograd, forward_ad, is_dual
 
 Activation: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -55,6 +55,33 @@ def refuse_forward_mode(op: str, **tensors: Tensor | None) -> None:
             raise ForwardModeError(
                 f"{op}: {name} is a dual tensor, and forward-mode derivatives are not implemented"
             )
+
+
+def once_differentiable(op: Any, name: str) -> type[torch.autograd.Function]:
+    """The autograd of the op that is the backward of ``name``: there is none."""
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return below_autograd(op, *args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            raise RuntimeError(
+                f"pybigmodel.ops.{name}: the gradient of its gradient is not implemented"
+            )
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> None:
+            raise ForwardModeError(f"{name}: forward-mode derivatives are not implemented")
+
+    return Backward
 
 
 def has_width(input: Tensor, in_features: int) -> bool:

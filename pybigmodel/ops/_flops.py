@@ -44,3 +44,29 @@ def _int8_linear(
     input: Shape, packed_weight: Shape, weight_scale: Shape, *rest: Any, **kwargs: Any
 ) -> int:
     return 2 * prod(input) * weight_scale[0]
+
+
+@register_flop_formula(_ops.additive_attention)
+def _additive_attention(query: Shape, key: Shape, value: Shape, *rest: Any, **kwargs: Any) -> int:
+    return 2 * prod(query[:2]) * key[1] * (query[2] + value[2])
+
+
+@register_flop_formula(_ops.additive_attention_backward)
+def _additive_attention_backward(
+    grad_out: Shape,
+    grad_lse: Shape | None,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    v: Shape,
+    attn_mask: Shape | None,
+    dropout_seed: Shape | None,
+    dropout_p: float,
+    need_hidden: bool,
+    need_value: bool,
+    *rest: Any,
+    **kwargs: Any,
+) -> int:
+    # The scores again, grad_out·value; three sums over hidden; one over the values' columns.
+    hidden, columns = query[2] * (1 + 3 * need_hidden), value[2] * (1 + need_value)
+    return 2 * prod(query[:2]) * key[1] * (hidden + columns)

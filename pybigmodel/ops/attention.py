@@ -20,6 +20,7 @@ from pybigmodel.ops._autocast import register_autocast
 from pybigmodel.ops._common import (
     ForwardModeError,
     Precision,
+    once_differentiable,
     precision_code,
     refuse_forward_mode,
 )
@@ -213,17 +214,20 @@ def _options(
     left, right = window_sides(window)
     if causal:
         right = 0
-    seed = None
-    if dropout_p != 0:
-        if dropout_seed is None:
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
-        elif isinstance(dropout_seed, Tensor):
-            seed = dropout_seed
-        else:
-            seed = torch.tensor([dropout_seed], dtype=torch.int64)
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
-    return _Options(seed, left, right, scale)
+    return _Options(seed_of(dropout_p, dropout_seed), left, right, scale)
+
+
+def seed_of(dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor | None:
+    """As the ops take it; None: drawn from torch's default generator."""
+    if dropout_p == 0:
+        return None
+    if dropout_seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    if isinstance(dropout_seed, Tensor):
+        return dropout_seed
+    return torch.tensor([dropout_seed], dtype=torch.int64)
 
 
 def window_sides(window: Window) -> tuple[int, int]:
@@ -455,41 +459,16 @@ class _AttentionVarlen(torch.autograd.Function):
         raise ForwardModeError("attention_varlen: forward-mode derivatives are not implemented")
 
 
-def _once_differentiable(op: Any, name: str) -> type[torch.autograd.Function]:
-    class Backward(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return below_autograd(op, *args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> None:
-            raise RuntimeError(
-                f"pybigmodel.ops.{name}: the gradient of its gradient is not implemented"
-            )
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> None:
-            raise ForwardModeError(f"{name}: forward-mode derivatives are not implemented")
-
-    return Backward
-
-
 _library = torch.library.Library("pybigmodel", "IMPL")
 register_function(_library, _attention, _Attention)
 register_function(_library, _attention_varlen, _AttentionVarlen)
 register_function(
-    _library, _attention_backward, _once_differentiable(_attention_backward, "attention")
+    _library, _attention_backward, once_differentiable(_attention_backward, "attention")
 )
 register_function(
     _library,
     _attention_varlen_backward,
-    _once_differentiable(_attention_varlen_backward, "attention_varlen"),
+    once_differentiable(_attention_varlen_backward, "attention_varlen"),
 )
 
 # --- autocast: a mask may stay float32 beside any dtype ------------------------------------------

@@ -221,8 +221,8 @@ def _check_caches(
         torch._check(
             k_cache.shape[0] == batch,
             lambda: (
-                f"{op}: k_cache must have {q_name}'s batch size {batch}, got shape "
-                f"{tuple(k_cache.shape)}"
+                f"{op}: k_cache must have {q_name}'s batch size {batch} without a block_table, got "
+                f"shape {tuple(k_cache.shape)}"
             ),
         )
 
@@ -267,9 +267,7 @@ def _attention_decode_fake(
         heads % kv_heads == 0 if kv_heads else heads == 0,
         lambda: f"{op}: q's heads must be a multiple of k_cache's {kv_heads}, got {heads}",
     )
-    torch._check(
-        new_tokens >= 0, lambda: f"{op}: new_tokens must be at least 0, got {new_tokens}"
-    )
+    torch._check(new_tokens >= 0, lambda: f"{op}: new_tokens must be at least 0, got {new_tokens}")
     check_options(
         op, q, q.shape[0], heads, alibi_slopes, None, window_left, 0, True, softcap, 0.0, scale, 0
     )
@@ -299,7 +297,7 @@ def _attention_append_fake(
         check.check_shape(op, name, tokens, shape, f"must have shape {shape} to go into {into}")
 
 
-# --- autocast: to the cache's dtype, which cannot follow --------------------------------------------
+# --- autocast: to the cache's dtype, which cannot follow ------------------------------------------
 
 _library = torch.library.Library("pybigmodel", "IMPL")
 

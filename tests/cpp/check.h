@@ -94,5 +94,7 @@ void test_pack(const Options&);
 void test_brgemm(const Options&);
 void test_gemm(const Options&);
 void test_attention(const Options&);
+void test_attention_decode(const Options&);
+void test_additive(const Options&);
 
 }  // namespace pbm::test

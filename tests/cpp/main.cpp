@@ -13,10 +13,16 @@ int main(int argc, char** argv) {
     const char* name;
     void (*run)(const test::Options&);
   };
-  const Group groups[] = {{"partition", test::test_partition}, {"convert", test::test_convert},
-                          {"vecmath", test::test_vecmath},     {"quantize", test::test_quantize},
-                          {"pack", test::test_pack},           {"brgemm", test::test_brgemm},
-                          {"gemm", test::test_gemm},           {"attention", test::test_attention}};
+  const Group groups[] = {{"partition", test::test_partition},
+                          {"convert", test::test_convert},
+                          {"vecmath", test::test_vecmath},
+                          {"quantize", test::test_quantize},
+                          {"pack", test::test_pack},
+                          {"brgemm", test::test_brgemm},
+                          {"gemm", test::test_gemm},
+                          {"attention", test::test_attention},
+                          {"attention_decode", test::test_attention_decode},
+                          {"additive", test::test_additive}};
   test::Options options;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; i++) {

@@ -20,6 +20,21 @@ void tanh_array(const float* x, float* y, int64_t n) {
   over(x, y, n, [](Vec v) { return vtanh(v); });
 }
 
+void tanh_sech2_array(const float* x, float* tanh, float* sech2, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const TanhSech f = tanh_sech2(load(x + i));
+    store(tanh + i, f.tanh);
+    store(sech2 + i, f.sech2);
+  }
+}
+
+void quotient_array(const float* x, const float* y, float* inverse, float* sum, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    store(inverse + i, reciprocal(load(y + i)));
+    store(sum + i, add_quotient(set1(1.f), load(x + i), load(y + i)));
+  }
+}
+
 void normal_tail_array(const float* x, float* y, int64_t n) {
   over(x, y, n, [](Vec v) { return normal_tail(v); });
 }
@@ -64,7 +79,7 @@ void transpose_block(const int32_t* x, int32_t* y) {
 }  // namespace
 
 extern const test::Probe probe;
-const test::Probe probe = {exp_array,     tanh_array,       normal_tail_array, activate_array,
-                           convert_array, store_bf16_array, transpose_block};
+const test::Probe probe = {exp_array,      tanh_array,    tanh_sech2_array, quotient_array, normal_tail_array,
+                           activate_array, convert_array, store_bf16_array, transpose_block};
 
 }  // namespace pbm::PBM_TIER

@@ -1,5 +1,6 @@
 // exp, tanh and the activations over the whole range of fp32, on every tier, against double, with the bounds of
 // docs/numerics.md. With PBM_PRINT_ERRORS in the environment the measured maxima are printed as rows of its table.
+#include <algorithm>
 #include <vector>
 
 #include "elements.h"
@@ -94,6 +95,40 @@ void test_tanh(Isa isa, const std::vector<float>& x) {
     CHECK(bits_of(got[i]) == bits_of(given[i]), "%s: tanh(%g) is %g", isa_name(isa), given[i], got[i]);
 }
 
+// tanh within 4 ulp, and sech² with a relative bound that does not end where 1 − tanh² would be 0.
+void test_tanh_sech2(Isa isa, const std::vector<float>& x) {
+  std::vector<float> t(x.size()), s(x.size());
+  probe_of(isa).tanh_sech2(x.data(), t.data(), s.data(), static_cast<int64_t>(x.size()));
+  for (size_t i = 0; i < x.size(); i++) {
+    if (std::isnan(x[i])) {
+      CHECK(std::isnan(t[i]) && std::isnan(s[i]), "%s: of NaN: %g, %g", isa_name(isa), t[i], s[i]);
+      continue;
+    }
+    const double exact = std::tanh(static_cast<double>(x[i])), inverse = 1 / std::cosh(static_cast<double>(x[i]));
+    const double ulp = exact == 0 ? 0x1p-149 : std::ldexp(1, std::max(std::ilogb(exact), -126) - 23);
+    CHECK(std::fabs(t[i] - exact) < 4 * ulp, "%s: tanh(%.9g) is %.9g, expected %.9g", isa_name(isa), x[i], t[i], exact);
+    const double bound = std::fabs(x[i]) <= 43 ? 6e-7 * inverse * inverse : 2e-37;
+    CHECK(std::fabs(s[i] - inverse * inverse) <= bound, "%s: sech2(%.9g) is %.9g, expected %.9g", isa_name(isa), x[i],
+          s[i], inverse * inverse);
+  }
+}
+
+// Denominators of the whole range that is promised, numerators that leave the quotient below 1.
+void test_quotient(Isa isa, uint64_t seed) {
+  Rng rng(seed);
+  std::vector<float> x(4096), y(4096), inverse(4096), sum(4096);
+  for (size_t i = 0; i < x.size(); i++) {
+    y[i] = std::ldexp(1.5f + rng.value() / 2, static_cast<int>(rng.between(-100, 99)));
+    x[i] = y[i] * rng.value();
+  }
+  probe_of(isa).quotient(x.data(), y.data(), inverse.data(), sum.data(), static_cast<int64_t>(x.size()));
+  for (size_t i = 0; i < x.size(); i++) {
+    const double exact = 1 / static_cast<double>(y[i]), total = 1 + x[i] * exact;
+    CHECK(std::fabs(inverse[i] - exact) <= 0x1p-22 * exact, "%s: 1/%.9g is %.9g", isa_name(isa), y[i], inverse[i]);
+    CHECK(std::fabs(sum[i] - total) <= 0x1p-22, "%s: 1 + %.9g/%.9g is %.9g", isa_name(isa), x[i], y[i], sum[i]);
+  }
+}
+
 // A NaN stays; infinities go where torch's functions send them (gelu and its kin of -infinity are -inf·0: NaN).
 void test_nonfinite(Isa isa) {
   const Probe& probe = probe_of(isa);
@@ -133,6 +168,8 @@ void test_vecmath(const Options& options) {
   for (Isa isa : tiers()) {
     for (const Bound& f : kBounds) test_bound(isa, f, x);
     test_tanh(isa, x);
+    test_tanh_sech2(isa, x);
+    test_quotient(isa, options.seed);
     test_nonfinite(isa);
   }
 }

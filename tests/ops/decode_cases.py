@@ -120,7 +120,7 @@ def make(choice: dict[str, Any]) -> DecodeCase:
     dtype, block, room = choice["dtype"], choice.get("block"), choice.get("room", 300)
     new = sq if choice.get("append") else 0
     lengths = torch.randint(0, room + 1 - new, (b,), dtype=torch.int32)
-    lengths[-1] = room - new  # to the last slot
+    lengths[-1:] = room - new  # to the last slot
     if b > 1:
         lengths[0] = 0
     table = None
@@ -152,7 +152,7 @@ def stored(
     tokens: Tensor, lengths: Tensor, table: Tensor | None, block: int | None, layout: str
 ) -> Tensor:
     """A cache with the first tokens of each sequence, NaN (int8: whatever) in all other slots."""
-    b, heads, room, width = tokens.shape
+    heads, width = tokens.shape[1], tokens.shape[-1]
     if table is None or block is None:
         cache = poison(tokens.shape, tokens.dtype)
         for at, length in enumerate(lengths.tolist()):

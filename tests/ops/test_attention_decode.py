@@ -1,4 +1,4 @@
-"""attention_decode and attention_append_: values, caches of every kind, what is read and written."""
+"""attention_decode and attention_append_: values, kinds of cache, what is read and written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(case: DecodeCase, out: Tensor, lse: Tensor, int8: bool) -> None:
     alone = case.sequences()
     if int8:
         finfo = torch.finfo(out.dtype)
-        assert measure_error(out, expected).norm <= INT8_BOUND + finfo.eps
+        assert measure_error(out, expected).frobenius <= INT8_BOUND + finfo.eps
         seen = sums.isfinite()
         assert_exact(lse.isfinite(), seen)
         limit = 2.0**-13 * (1 + sums[seen].abs())
@@ -34,7 +34,7 @@ def check(case: DecodeCase, out: Tensor, lse: Tensor, int8: bool) -> None:
         peers = torch.cat([theirs(one) for one in alone])
         assert_no_worse(out, peers, expected, factor=factor(alone[0]))
         for b, one in enumerate(alone):
-            check_lse(one, lse[b : b + 1], "fp32")
+            check_lse(one, lse[b : b + 1])
     empty = sums == -torch.inf
     assert (lse[empty] == -torch.inf).all() and (out[empty] == 0).all()
 
@@ -50,7 +50,7 @@ def test_matrix(isa: str, choice: dict[str, Any]) -> None:
     check(case, out, lse, choice["int8"])
 
 
-# --- appending --------------------------------------------------------------------------------------
+# --- appending ------------------------------------------------------------------------------------
 
 APPENDED = [choice for choice in MATRIX if choice["append"]]
 
@@ -152,7 +152,7 @@ def test_token_by_token_is_causal_attention(isa: str, dtype: torch.dtype) -> Non
     assert_no_worse(got, torchs, exact)
 
 
-# --- what a result depends on -----------------------------------------------------------------------
+# --- what a result depends on ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -162,7 +162,7 @@ def test_where_tokens_lie_changes_no_bit(isa: str, int8: bool, dtype: torch.dtyp
     plain = make({"shape": shape, "dtype": dtype, "int8": int8, "room": 1100})
     expected = plain.run()
     scales = [plain.options.get(f"{n}_scale") for n in "kv"]
-    for block in (1, 16, 100, 2000):
+    for block in (2, 16, 100, 2000):  # of odd ones bf16 and int8 pair other keys
         count = -(-1100 // block)
         table = torch.randperm(3 * count, dtype=torch.int32).view(3, count)
 
@@ -287,7 +287,7 @@ def test_bad_numbers_spoil_what_sees_them(isa: str, int8: bool) -> None:
 
 
 def test_large_and_small_int8(isa: str) -> None:
-    """Scales over many magnitudes, values at both ends: no overflow, and relative to the largest."""
+    """Scales of many magnitudes, values at both ends: nothing overflows."""
     b, h, s, d = 1, 2, 1024, 64
     q = torch.randn(b, h, 1, d)
     codes = torch.randint(-127, 128, (2, b, h, s, d), dtype=torch.int8)
@@ -312,12 +312,12 @@ def test_int8_costs_what_its_rounding_does(isa: str) -> None:
     case.cache_seqlens += s
     out, _ = case.run()
     full = DecodeCase(q, k, v, case.cache_seqlens).exact()[0]
-    rounding = measure_error(case.exact()[0], full).norm
+    rounding = measure_error(case.exact()[0], full).frobenius
     assert 1e-3 < rounding < 2e-2
-    assert measure_error(out, case.exact()[0]).norm < rounding / 50
+    assert measure_error(out, case.exact()[0]).frobenius < rounding / 50
 
 
-# --- edges ------------------------------------------------------------------------------------------
+# --- edges ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 1, 1, 8, 8), (2, 0, 0, 1, 8, 8), (2, 2, 1, 0, 8, 5)])
@@ -356,7 +356,7 @@ def test_every_head_dimension(isa: str, dtype: torch.dtype) -> None:
             check(case, out, lse, int8)
 
 
-# --- beside torch -----------------------------------------------------------------------------------
+# --- beside torch ---------------------------------------------------------------------------------
 
 
 def test_compile_and_autocast() -> None:

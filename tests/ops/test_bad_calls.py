@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pybigmodel  # noqa: F401 (registers the ops)
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-INT8, LONG = torch.int8, torch.int64
+INT8, INT32, LONG = torch.int8, torch.int32, torch.int64
 
 # Good arguments of every op: 5 rows, 20 in_features, 18 out_features. A bad call changes one.
 GOOD: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ MASK = {"attn_mask": ((5, 7), F32)}
 D_OUT, PACKED_D_OUT = ((2, 4, 5, 6), F32), ((10, 4, 6), F32)
 LSE, PACKED_LSE = ((2, 4, 5), F32), ((4, 10), F32)
 STATISTICS, PACKED_STATISTICS = ((2, 2, 4, 5), F32), ((2, 4, 10), F32)
-GOOD["attention"] = {**QKV, **MASK, **OPTIONS}
+GOOD["attention"] = {**QKV, **MASK, **OPTIONS, "for_backward": False}
 GOOD["attention_varlen"] = {**PACKED, **STARTS, **OPTIONS}
 GOOD["attention_backward"] = {
     **{"grad_out": D_OUT, "grad_lse": LSE, **QKV, "out": D_OUT, "statistics": STATISTICS},
@@ -83,6 +83,36 @@ GOOD["attention_varlen_backward"] = {
     **{**PACKED, "out": PACKED_D_OUT, "statistics": PACKED_STATISTICS, **STARTS, **OPTIONS},
 }
 ATTENTION = [op for op in GOOD if op.startswith("attention")]
+# Of decoding: batch 2, 4 heads on 2, 3 new tokens; caches of 6 blocks of 8 tokens, 2 to a sequence.
+CACHES = {"k_cache": ((6, 2, 8, 16), INT8), "v_cache": ((6, 2, 8, 12), INT8)}
+SCALES = {"k_scale": ((6, 2, 8), F32), "v_scale": ((6, 2, 8), F32)}
+LENGTHS = {"cache_seqlens": ((2,), INT32)}
+TABLE = {"block_table": ((2, 2), INT32)}
+GOOD["attention_decode"] = {
+    **{"q": ((2, 4, 3, 16), F32), **CACHES, **LENGTHS, **TABLE, **SCALES},
+    **{"alibi_slopes": ((4,), F32), "new_tokens": 3, "window_left": -1, "softcap": 0.0},
+    "scale": 1.0,
+}
+GOOD["attention_append_"] = {
+    **CACHES,
+    **SCALES,
+    **{"k": ((2, 2, 3, 16), F32), "v": ((2, 2, 3, 12), F32), **LENGTHS, **TABLE},
+}
+# Of additive attention: batch 2, 5 queries, 7 keys, H = 8, Dv = 6.
+ADDITIVE: dict[str, Any] = {
+    "query": ((2, 5, 8), F32),
+    "key": ((2, 7, 8), F32),
+    "value": ((2, 7, 6), F32),
+    "v": ((8,), F32),
+    "attn_mask": ((5, 7), F32),
+    "dropout_seed": ((1,), LONG),
+    "dropout_p": 0.5,
+}
+GOOD["additive_attention"] = ADDITIVE
+GOOD["additive_attention_backward"] = {
+    **{"grad_out": ((2, 5, 6), F32), "grad_lse": ((2, 5), F32), **ADDITIVE},
+    **{"need_hidden": True, "need_value": True, "need_mask": True},
+}
 GOOD["int8_weight_only_linear"] = {k: v for k, v in GOOD["int8_linear"].items() if k != "symmetric"}
 
 
@@ -176,6 +206,55 @@ def bad_calls() -> list[Bad]:
         ]
     for op in ATTENTION:
         calls += bad_attention(op)
+    for op in ("additive_attention", "additive_attention_backward"):
+        calls += bad_additive(op)
+    return calls + bad_decoding()
+
+
+def bad_decoding() -> list[Bad]:
+    calls = []
+    for op in ("attention_decode", "attention_append_"):
+        calls += [
+            Bad(op, "k_cache", ((2, 8, 16), INT8), "(2, 8, 16)"),
+            Bad(op, "k_cache", ((6, 2, 8, 16), BF16), "bfloat16"),
+            Bad(op, "k_cache", ((6, 2, 8, 17), INT8), "(2, "),
+            Bad(op, "k_cache", lambda: torch.zeros(6, 2, 16, 8, dtype=INT8).mT, "stride 8"),
+            Bad(op, "v_cache", lambda: torch.zeros(6, 2, 12, 8, dtype=INT8).mT, "stride 8"),
+            Bad(op, "v_cache", ((6, 2, 8, 12), F32), "float32"),
+            Bad(op, "v_cache", ((6, 2, 9, 12), INT8), "(6, 2, 9, 12)"),
+            Bad(op, "v_cache", ((5, 2, 8, 12), INT8), "(5, 2, 8, 12)"),
+            Bad(op, "v_cache", ((6, 2, 8, 257), INT8), "257"),
+            Bad(op, "v_cache", ((6, 2, 8, 0), INT8), "0"),
+            Bad(op, "k_scale", None, "int8"),
+            Bad(op, "v_scale", ((6, 2, 8), BF16), "bfloat16"),
+            Bad(op, "v_scale", ((6, 2, 8, 1), F32), "(6, 2, 8, 1)"),
+            Bad(op, "cache_seqlens", ((2,), LONG), "int64"),
+            Bad(op, "cache_seqlens", ((3,), INT32), "(3,)"),
+            Bad(op, "block_table", ((2, 2), LONG), "int64"),
+            Bad(op, "block_table", ((3, 2), INT32), "(3, 2)"),
+            Bad(op, "block_table", ((4,), INT32), "(4,)"),
+            Bad(op, "block_table", None, "(6, 2, 8, "),
+        ]
+    op = "attention_decode"
+    calls += [
+        Bad(op, "q", ((2, 4, 3, 16), F64), "float64"),
+        Bad(op, "q", ((4, 3, 16), F32), "(4, 3, 16)"),
+        Bad(op, "q", ((2, 3, 3, 16), F32), "3"),
+        Bad(op, "q", ((2, 4, 3, 15), F32), "(2, 4, 3, 15)"),
+        Bad(op, "alibi_slopes", ((5,), F32), "(5,)"),
+        Bad(op, "new_tokens", -1, "-1"),
+        Bad(op, "softcap", -1.0, "-1"),
+        Bad(op, "scale", math.nan, "nan"),
+    ]
+    op = "attention_append_"
+    calls += [
+        Bad(op, "k", ((2, 2, 3, 16), F64), "float64"),
+        Bad(op, "k", ((2, 3, 3, 16), F32), "(2, 3, 3, 16)"),
+        Bad(op, "v", ((2, 2, 3, 12), BF16), "bfloat16"),
+        Bad(op, "v", ((2, 2, 3, 13), F32), "(2, 2, 3, 13)"),
+        Bad(op, "v", ((2, 2, 2, 12), F32), "(2, 2, 2, 12)"),
+        Bad(op, "v", ((2, 3, 12), F32), "(2, 3, 12)"),
+    ]
     return calls
 
 
@@ -253,6 +332,48 @@ def bad_attention(op: str) -> list[Bad]:
     return calls
 
 
+def bad_additive(op: str) -> list[Bad]:
+    names = ("query", "key", "value")
+    calls = [Bad(op, n, ((*GOOD[op][n][0][1:],), F32), str(GOOD[op][n][0][1:])) for n in names]
+    calls += [
+        Bad(op, "query", ((2, 5, 8), F64), "float64"),
+        Bad(op, "query", ((2, 5, 8), LONG), "int64"),
+        Bad(op, "query", ((), F32), "()"),
+        Bad(op, "key", ((2, 7, 8), BF16), "bfloat16"),
+        Bad(op, "key", ((3, 7, 8), F32), "(3, 7, 8)"),
+        Bad(op, "key", ((2, 7, 9), F32), "(2, 7, 9)"),
+        Bad(op, "value", ((2, 7, 6), torch.float16), "float16"),
+        Bad(op, "value", ((1, 7, 6), F32), "(1, 7, 6)"),
+        Bad(op, "value", ((2, 8, 6), F32), "(2, 8, 6)"),
+        Bad(op, "v", ((8,), BF16), "bfloat16"),
+        Bad(op, "v", ((9,), F32), "(9,)"),
+        Bad(op, "v", ((1, 8), F32), "(1, 8)"),
+        Bad(op, "attn_mask", ((5, 7), BF16), "bfloat16"),
+        Bad(op, "attn_mask", ((5, 7), LONG), "int64"),
+        Bad(op, "attn_mask", ((5, 6), F32), "(5, 6)"),
+        Bad(op, "attn_mask", ((3, 5, 7), F32), "(3, 5, 7)"),
+        Bad(op, "attn_mask", ((1, 1, 5, 7), F32), "(1, 1, 5, 7)"),
+        Bad(op, "dropout_seed", None, ""),
+        Bad(op, "dropout_seed", ((1,), torch.int32), "int32"),
+        Bad(op, "dropout_seed", ((2,), LONG), "(2,)"),
+        Bad(op, "dropout_p", -0.5, "-0.5"),
+        Bad(op, "dropout_p", 1.5, "1.5"),
+        Bad(op, "dropout_p", math.nan, "nan"),
+    ]
+    if "backward" in op:
+        calls += [
+            Bad(op, "grad_out", ((2, 5, 7), F32), "(2, 5, 7)"),
+            Bad(op, "grad_out", ((10, 6), F32), "(10, 6)"),
+            Bad(op, "grad_out", ((2, 5, 6), BF16), "bfloat16"),
+            Bad(op, "grad_lse", ((2, 5, 1), F32), "(2, 5, 1)"),
+            Bad(op, "grad_lse", ((2, 5), F64), "float64"),
+            Bad(op, "attn_mask", None, "None"),  # whose gradient is wanted
+            Bad(op, "attn_mask", ((5, 7), torch.bool), "bool"),
+            Bad(op, "attn_mask", ((5, 1), F32), "(5, 1)"),
+        ]
+    return calls
+
+
 def build(value: Any, device: str) -> Any:
     if isinstance(value, tuple):
         return torch.zeros(value[0], dtype=value[1], device=device)
@@ -312,9 +433,11 @@ def tensors_beside_input() -> list[Bad]:
         Bad(op, name, shapes.get(name, value), "meta")
         for op, arguments in GOOD.items()
         for name, value in arguments.items()
-        if name not in ("input", "q", "dropout_seed")  # a seed is a number: it stays on the CPU
+        if name
+        not in ("input", "q", "query", "dropout_seed")  # a seed is a number: it stays on the CPU
         and (isinstance(value, tuple) or name in shapes)
-        if "input" in arguments or "q" in arguments
+        if not {"input", "q", "query"}.isdisjoint(arguments)
+        or (op == "attention_append_" and name != "k")
     ]
 
 

@@ -46,6 +46,8 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "int8_weight_only_linear": (x, packed, scale, b, r, 3),
         "int8_weight_only_linear, bf16": (x3.to(half), packed, scale, None, None, 0),
         **attention_samples(),
+        **decoding_samples(),
+        **additive_samples(),
     }
 
 
@@ -63,8 +65,8 @@ def attention_samples() -> dict[str, tuple[Any, ...]]:
     packed = {"": (*rows, *starts, *plain), ", rich": (*rows, *starts, *rich)}
     samples: dict[str, tuple[Any, ...]] = {}
     for name, args in dense.items():
-        out, lse, statistics = pbm.attention(*args)
-        samples[f"attention{name}"] = args
+        out, lse, statistics = pbm.attention(*args, True)
+        samples[f"attention{name}"] = (*args, False)
         seeds = torch.randn_like(out), torch.randn_like(lse)
         saved = (*seeds, *args[:3], out, statistics, *args[3:], name != ", bf16")
         samples[f"attention_backward{name}"] = saved
@@ -79,6 +81,45 @@ def attention_samples() -> dict[str, tuple[Any, ...]]:
             statistics,
             *args[3:],
         )
+    return samples
+
+
+def decoding_samples() -> dict[str, tuple[Any, ...]]:
+    q, slopes = torch.randn(2, 4, 3, 16), torch.rand(4)
+    lengths = torch.tensor([9, 2], dtype=torch.int32)
+    k, v = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 12)
+    caches = torch.randn(2, 2, 13, 16), torch.randn(2, 2, 13, 12)
+    codes = tuple(torch.ones(4, 2, 8, width, dtype=torch.int8) for width in (16, 12))
+    scales = torch.rand(4, 2, 8), torch.rand(4, 2, 8)
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    return {
+        "attention_decode": (q, *caches, lengths, None, None, None, None, 3, -1, 0.0, 0.5),
+        "attention_decode, int8": (q, *codes, lengths, table, *scales, slopes, 0, 5, 2.0, 0.5),
+        "attention_append_": (*caches, None, None, k, v, lengths, None),
+        "attention_append_, int8": (*codes, *scales, k, v, lengths, table),
+    }
+
+
+def additive_samples() -> dict[str, tuple[Any, ...]]:
+    """With few queries, which have a way of their own, and with more."""
+    samples: dict[str, tuple[Any, ...]] = {}
+    for queries in (2, 5):
+        query, key, value, v = (
+            torch.randn(s) for s in ((2, queries, 8), (2, 7, 8), (2, 7, 6), (8,))
+        )
+        mask, seed = torch.randn(queries, 7), torch.tensor([3])
+        bf16 = tuple(t.bfloat16() for t in (query, key, value, v))
+        calls = {
+            "": (query, key, value, v, None, None, 0.0),
+            ", rich": (query, key.mT.contiguous().mT, value, v, mask, seed, 0.3),
+            ", bf16": (*bf16, mask > 0, None, 0.0),
+        }
+        for name, args in calls.items():
+            out, lse = pbm.additive_attention(*args)
+            samples[f"additive_attention{name}, {queries} queries"] = args
+            d_lse = torch.randn_like(lse) if name else None
+            saved = (torch.randn_like(out), d_lse, *args, True, True, name == ", rich")
+            samples[f"additive_attention_backward{name}, {queries} queries"] = saved
     return samples
 
 
@@ -102,12 +143,16 @@ def test_opcheck_with_gradients(dtype: torch.dtype) -> None:
     torch.library.opcheck(pbm.linear.default, (*leaves, 0))
 
 
-@pytest.mark.parametrize("name", [n for n in attention_samples() if "backward" not in n])
+FAMILY = [n for n in (*attention_samples(), *additive_samples()) if "backward" not in n]
+
+
+@pytest.mark.parametrize("name", FAMILY)
 def test_opcheck_with_gradients_of_attention(name: str) -> None:
     op, leaves = getattr(pbm, name.partition(",")[0]).default, []
-    for value in attention_samples()[name]:
+    for value in samples()[name]:
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        leaves.append(value.requires_grad_() if floating and value.dim() >= 2 else value)
+        wanted = floating and (value.dim() >= 2 or name.startswith("additive"))
+        leaves.append(value.requires_grad_() if wanted else value)
     torch.library.opcheck(op, tuple(leaves))
 
 

@@ -26,6 +26,18 @@ void attention_backward(const Attention& a, const AttentionGradients& g, const A
 void attention_mask_gradient(const Attention& a, const AttentionGradients& g, const AttentionMaskItem& item);
 void attention_decode(const AttentionDecode& p, const DecodeItem& item, const DecodeItem* next);
 void attention_decode_merge(const AttentionDecode& p, const DecodeItem* items, int64_t count);
+void additive_prepare(const AdditiveAttention& a, int64_t b, int64_t block);
+void additive_forward(const AdditiveAttention& a, const AdditiveItem& item);
+void additive_score_gradients(const AdditiveAttention& a, const AdditiveGradients& g, const AdditiveItem& item);
+void additive_hidden_gradients(const AdditiveAttention& a, const AdditiveGradients& g, const AdditivePart& x);
+void additive_value_gradients(const AdditiveAttention& a, const AdditiveGradients& g, const AdditivePart& x);
+void additive_mask_gradient(const AdditiveAttention& a, const AdditiveGradients& g, const AdditiveItem& item,
+                            Range keys);
+void additive_few_scores(const AdditiveAttention& a, const AdditiveFew& f, int64_t b, int64_t part);
+void additive_few_output(const AdditiveAttention& a, const AdditiveFew& f, int64_t b);
+void additive_few_score_gradients(const AdditiveAttention& a, const AdditiveFew& f, int64_t b);
+void additive_few_gradients(const AdditiveAttention& a, const AdditiveFew& f, int64_t b, int64_t part);
+void additive_few_sums(const AdditiveAttention& a, const AdditiveFew& f, int64_t b);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);
 void column_sum(const ColumnSum& s, int64_t begin, int64_t end);

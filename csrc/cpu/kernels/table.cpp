@@ -16,6 +16,9 @@ const Kernels table = {
     .attention_mask_gradient = attention_mask_gradient,
     .attention_decode = attention_decode,
     .attention_decode_merge = attention_decode_merge,
+    .additive = {additive_prepare, additive_forward, additive_score_gradients, additive_hidden_gradients,
+                 additive_value_gradients, additive_mask_gradient, additive_few_scores, additive_few_output,
+                 additive_few_score_gradients, additive_few_gradients, additive_few_sums},
 };
 
 }  // namespace pbm::PBM_TIER

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/isa.h"
+#include "cpu/kernels/additive_attention.h"
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/attention_decode.h"
 #include "cpu/kernels/brgemm.h"
@@ -29,6 +30,7 @@ struct Kernels {
   void (*attention_decode)(const AttentionDecode&, const DecodeItem& item, const DecodeItem* next);
   // All parts of one (sequence, kv head), in their order, to out and lse.
   void (*attention_decode_merge)(const AttentionDecode&, const DecodeItem* items, int64_t count);
+  AdditiveKernels additive;
 };
 
 const Kernels& kernels();  // of active_isa()

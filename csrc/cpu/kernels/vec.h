@@ -42,6 +42,7 @@ PBM_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 PBM_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 PBM_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 PBM_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+PBM_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c − a·b
 PBM_INLINE Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 PBM_INLINE Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 PBM_INLINE Vec vabs(Vec a) { return {_mm512_abs_ps(a.v)}; }
@@ -153,6 +154,9 @@ PBM_F2(vmax, _mm256_max_ps)
 #undef PBM_F2
 PBM_INLINE Vec fmadd(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+PBM_INLINE Vec fnmadd(Vec a, Vec b, Vec c) {
+  return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
 }
 PBM_INLINE Vec vabs(Vec a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
@@ -292,6 +296,7 @@ PBM_INLINE Vec add(Vec a, Vec b){PBM_MAP(Vec, a.v[i] + b.v[i])} PBM_INLINE Vec
     vabs(Vec a){PBM_MAP(Vec, __builtin_fabsf(a.v[i]))}
 // Not fused: the portable tier rounds twice, and its tests allow for it.
 PBM_INLINE Vec fmadd(Vec a, Vec b, Vec c){PBM_MAP(Vec, a.v[i] * b.v[i] + c.v[i])} PBM_INLINE Vec
+    fnmadd(Vec a, Vec b, Vec c){PBM_MAP(Vec, c.v[i] - a.v[i] * b.v[i])} PBM_INLINE Vec
     round_even(Vec a){PBM_MAP(Vec, __builtin_nearbyintf(a.v[i]))} PBM_INLINE Vec scale_by_pow2(Vec a, Vec n){
         PBM_MAP(Vec, __builtin_ldexpf(a.v[i], n.v[i] > -300 ? static_cast<int>(n.v[i] < 300 ? n.v[i] : 300)
                                                             : -300))} PBM_INLINE Vec

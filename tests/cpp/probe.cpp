@@ -16,6 +16,18 @@ void exp_array(const float* x, float* y, int64_t n) {
   over(x, y, n, [](Vec v) { return vexp(v); });
 }
 
+void exp2_array(const float* x, float* y, int64_t n) {
+  over(x, y, n, [](Vec v) { return vexp2(v); });
+}
+
+void exp2_bf16_array(const float* x, float* y, int64_t n) {
+  over(x, y, n, [](Vec v) { return vexp2_bf16(v); });
+}
+
+void log2_array(const float* x, float* y, int64_t n) {
+  over(x, y, n, [](Vec v) { return vlog2(v); });
+}
+
 void tanh_array(const float* x, float* y, int64_t n) {
   over(x, y, n, [](Vec v) { return vtanh(v); });
 }
@@ -79,7 +91,8 @@ void transpose_block(const int32_t* x, int32_t* y) {
 }  // namespace
 
 extern const test::Probe probe;
-const test::Probe probe = {exp_array,      tanh_array,    tanh_sech2_array, quotient_array, normal_tail_array,
-                           activate_array, convert_array, store_bf16_array, transpose_block};
+const test::Probe probe = {exp_array,      exp2_array,       exp2_bf16_array,  log2_array,
+                           tanh_array,     tanh_sech2_array, quotient_array,   normal_tail_array,
+                           activate_array, convert_array,    store_bf16_array, transpose_block};
 
 }  // namespace pbm::PBM_TIER

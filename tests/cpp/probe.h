@@ -11,6 +11,9 @@ namespace pbm::test {
 struct Probe {
   // n is a multiple of 16.
   void (*exp)(const float* x, float* y, int64_t n);
+  void (*exp2)(const float* x, float* y, int64_t n);
+  void (*exp2_bf16)(const float* x, float* y, int64_t n);
+  void (*log2)(const float* x, float* y, int64_t n);
   void (*tanh)(const float* x, float* y, int64_t n);
   void (*tanh_sech2)(const float* x, float* tanh, float* sech2, int64_t n);
   void (*quotient)(const float* x, const float* y, float* reciprocal, float* sum, int64_t n);  // 1/y, 1 + x/y

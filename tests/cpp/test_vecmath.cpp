@@ -10,6 +10,8 @@ namespace pbm::test {
 namespace {
 
 double exact_exp(double x) { return std::exp(x); }
+double exact_exp2(double x) { return std::exp2(x); }
+double exact_exp2_bf16(double x) { return std::exp2(x); }
 double exact_tanh(double x) { return std::tanh(x); }
 double exact_tail(double t) { return 0.5 * std::erfc(t * std::sqrt(0.5)); }
 double exact_relu(double x) { return x > 0 ? x : 0; }
@@ -28,6 +30,8 @@ struct Bound {
 
 constexpr Bound kBounds[] = {
     {"exp", exact_exp, 2e-7, 0, -INFINITY, INFINITY, Activation::none},
+    {"exp2", exact_exp2, 1.5e-7, 0, -INFINITY, 127, Activation::none},
+    {"exp2 before bf16", exact_exp2_bf16, 3e-6, 0, -INFINITY, 127, Activation::none},
     {"tanh", exact_tanh, 2.4e-7, 0, -INFINITY, INFINITY, Activation::none},
     {"normal tail", exact_tail, 5e-7, 0, 0, 2.5, Activation::none},
     {"relu", exact_relu, 0, 0, -INFINITY, INFINITY, Activation::relu},
@@ -43,7 +47,12 @@ void evaluate(Isa isa, const Bound& f, const std::vector<float>& x, std::vector<
   const Probe& probe = probe_of(isa);
   const int64_t n = static_cast<int64_t>(x.size());
   if (f.activation != Activation::none) return probe.activate(f.activation, x.data(), y.data(), n);
-  (f.exact == exact_tail ? probe.normal_tail : f.exact == exact_tanh ? probe.tanh : probe.exp)(x.data(), y.data(), n);
+  const auto function = f.exact == exact_tail        ? probe.normal_tail
+                        : f.exact == exact_tanh      ? probe.tanh
+                        : f.exact == exact_exp2      ? probe.exp2
+                        : f.exact == exact_exp2_bf16 ? probe.exp2_bf16
+                                                     : probe.exp;
+  function(x.data(), y.data(), n);
 }
 
 void test_bound(Isa isa, const Bound& f, const std::vector<float>& x) {
@@ -93,6 +102,19 @@ void test_tanh(Isa isa, const std::vector<float>& x) {
   CHECK(got[2] == 1 && got[3] == -1, "%s: tanh of infinities is %g, %g", isa_name(isa), got[2], got[3]);
   for (int i = 4; i < 8; i++)
     CHECK(bits_of(got[i]) == bits_of(given[i]), "%s: tanh(%g) is %g", isa_name(isa), given[i], got[i]);
+}
+
+// Of normal numbers: within an ulp of the result, or 1e-7.
+void test_log2(Isa isa, const std::vector<float>& x) {
+  std::vector<float> y(x.size());
+  probe_of(isa).log2(x.data(), y.data(), static_cast<int64_t>(x.size()));
+  for (size_t i = 0; i < x.size(); i++) {
+    if (std::isnan(x[i])) CHECK(std::isnan(y[i]), "%s: log2 of NaN is %g", isa_name(isa), y[i]);
+    if (!(x[i] >= 0x1p-126f) || std::isinf(x[i])) continue;
+    const double exact = std::log2(static_cast<double>(x[i]));
+    CHECK(std::fabs(y[i] - exact) <= std::fmax(std::fabs(exact) * 0x1p-23, 1e-7),
+          "%s: log2(%.9g) is %.9g, expected %.9g", isa_name(isa), x[i], y[i], exact);
+  }
 }
 
 // tanh within 4 ulp, and sech² with a relative bound that does not end where 1 − tanh² would be 0.
@@ -168,6 +190,7 @@ void test_vecmath(const Options& options) {
   for (Isa isa : tiers()) {
     for (const Bound& f : kBounds) test_bound(isa, f, x);
     test_tanh(isa, x);
+    test_log2(isa, x);
     test_tanh_sech2(isa, x);
     test_quotient(isa, options.seed);
     test_nonfinite(isa);

@@ -85,6 +85,12 @@ MASKS: dict[str, Callable[[Shape, torch.dtype], Tensor | None]] = {
         ~some_hidden(s[3], s[4]), -torch.inf
     ),
     "key bias": lambda s, t: torch.randn(s[4]),
+    "lowest": lambda s, t: torch.zeros(s[3], s[4], dtype=t).masked_fill(
+        ~some_hidden(s[3], s[4]), torch.finfo(t).min
+    ),
+    "highest": lambda s, t: torch.zeros(s[0], 1, 1, s[4], dtype=t).masked_fill(
+        torch.rand(s[0], 1, 1, s[4]) > 0.8, torch.finfo(t).max
+    ),
 }
 
 
@@ -243,6 +249,8 @@ def as_one_mask(case: Case) -> Tensor | None:
         bias = -slopes[..., None, None] * distance.abs()
         mask = bias if mask is None else bias + mask
     if mask is not None:
+        ends = torch.finfo(q.dtype)
+        mask = torch.where(mask.isfinite(), mask.clamp(ends.min, ends.max), mask)
         mask = mask.masked_fill(~visible, -torch.inf)
         # SDPA takes two dimensions or four, and of floating masks q's dtype only.
         return mask.to(q.dtype).expand(*q.shape[:2], *distance.shape)

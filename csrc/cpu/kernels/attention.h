@@ -42,8 +42,8 @@ struct Attention {
   AttentionOperand q, k, v, out;  // out is written
   // Packed sequences: b's queries are rows [query_start[b], query_start[b + 1]) of batch 0; null: all of one length.
   const int64_t *query_start, *key_start;
-  // Per row: the log-sum-exp, the maximum as an exponent of base 2, and the reciprocal of the sum that the softmax divides
-  // by (0 where nothing is visible). With the latter two backward repeats forward's probabilities, to the bit up to D = 128; from lse
+  // Per row: the log-sum-exp, the largest score (q·k itself, where only the scale is applied to it), and the reciprocal of
+  // the sum that the softmax divides by (0 where nothing is visible). With the latter two backward repeats forward's probabilities, to the bit up to D = 128; from lse
   // alone they would be off by its rounding. Null: not wanted.
   float *lse, *max, *inverse_sum;
   int64_t row_batch, row_head;  // of these three

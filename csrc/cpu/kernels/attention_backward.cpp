@@ -1,6 +1,6 @@
 // Gradients of attention without its matrix. Queries outside in chunks, keys inside in blocks, scores transposed:
 //
-//   Sᵀ = K·Qᵀ, Pᵀ = 2^(Sᵀ − lse), dPᵀ = V·dOᵀ, dSᵀ = Pᵀ∘(dPᵀ − δ);  dV += Pᵀ·dO, dK += dSᵀ·Q, dQᵀ += Kᵀ·dSᵀ
+//   Sᵀ = K·Qᵀ, Pᵀ = e^(Sᵀ − lse), dPᵀ = V·dOᵀ, dSᵀ = Pᵀ∘(dPᵀ − δ);  dV += Pᵀ·dO, dK += dSᵀ·Q, dQᵀ += Kᵀ·dSᵀ
 //
 // so that Pᵀ and dSᵀ come out as the rows that the next products read, and the row statistics lie along the lanes. dK and
 // dV stay in fp32 for all keys of an item; dQᵀ is complete after a chunk. δ_i = Σ_d dO_id·O_id − dlse_i.
@@ -28,7 +28,7 @@ struct Work {
   char* ds_panels;                   // dSᵀ as panels of queries
   float* dq_t;                       // D × kPitch
   float *dk, *dv;                    // keys × stride
-  float *max, *inverse_sum, *delta;  // of the chunk
+  float *max, *base, *inverse_sum, *delta;  // of the chunk; base: what exponents are relative to
   float* slope_of_cap;               // kBlockKeys × kPitch
 };
 
@@ -48,6 +48,7 @@ struct Backward {
 struct Chunk {
   int64_t head;
   Range i;
+  bool large = false;  // whether a row's maximum is so large that exponents are computed apart: see is_large
 };
 
 // Keys [j.begin, j.end) by columns [c.begin, c.end) of the chunk, multiples of 16.
@@ -73,13 +74,13 @@ Work carve(const Backward& f) {
   const int64_t panels = c.take(n / kPanel * block_groups);
   const int64_t dq_t = c.take(f.a.d * kPitch * 4);
   const int64_t dk = c.take(keys * f.dk_stride * 4), dv = c.take(keys * f.dv_stride * 4);
-  const int64_t max = c.take(n * 4), inverse = c.take(n * 4), delta = c.take(n * 4);
+  const int64_t max = c.take(n * 4), base_at = c.take(n * 4), inverse = c.take(n * 4), delta = c.take(n * 4);
   const int64_t cap = c.take(f.a.softcap != 0.f ? scores : 0);
   char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   return {base + q_t, base + do_t, base + q,        base + d_o,    base + k,      base + v,     base + k_t,
           floats(s),  floats(dp),  base + p,        base + ds,     base + panels, floats(dq_t), floats(dk),
-          floats(dv), floats(max), floats(inverse), floats(delta), floats(cap)};
+          floats(dv), floats(max), floats(base_at), floats(inverse), floats(delta), floats(cap)};
 }
 
 void convert(const Backward& f, const AttentionOperand& x, int64_t d, int64_t j, int64_t count, bool transposed,
@@ -110,13 +111,16 @@ void prepare_keys(const Backward& f) {
 }
 
 // What a chunk's statistics are to the lanes: queries that do not exist, or see nothing, have P = 0.
-void prepare_statistics(const Backward& f, const Chunk& c) {
+void prepare_statistics(const Backward& f, Chunk* chunk) {
+  const Chunk& c = *chunk;
   const Attention& a = f.a;
   const int64_t first = row_index(a, f.item.b, c.head, c.i.begin);
   for (int64_t x = 0; x < kChunkQueries; x++) {
     const int64_t i = c.i.begin + x;
     const bool sees = i < c.i.end && f.g.inverse_sum[first + x] != 0.f;
-    f.w.max[x] = sees ? f.g.max[first + x] : INFINITY;
+    f.w.max[x] = sees ? f.g.max[first + x] : 0.f;
+    f.w.base[x] = sees ? f.w.max[x] * score_factor(a) : INFINITY;
+    chunk->large = chunk->large || (sees && is_large(f.w.base[x]));
     f.w.inverse_sum[x] = sees ? f.g.inverse_sum[first + x] : 0.f;
     f.w.delta[x] = 0.f;
     if (!sees) continue;
@@ -131,9 +135,12 @@ void prepare_statistics(const Backward& f, const Chunk& c) {
     });
     f.w.delta[x] = reduce_add(sum) - (f.g.d_lse ? f.g.d_lse[first + x] : 0.f);
   }
+  for (int64_t x = 0; chunk->large && x < kChunkQueries; x++)  // subtract_max has subtracted it
+    if (f.w.inverse_sum[x] != 0.f) f.w.base[x] = 0.f;
 }
 
-void prepare_chunk(const Backward& f, const Chunk& c) {
+void prepare_chunk(const Backward& f, Chunk* chunk) {
+  const Chunk& c = *chunk;
   const Attention& a = f.a;
   const int64_t n = c.i.end - c.i.begin;
   const char* q = query_row(a, a.q, f.item.b, c.head, c.i.begin);
@@ -152,7 +159,7 @@ void prepare_chunk(const Backward& f, const Chunk& c) {
   pack_b({n, a.dv, a.flavour, d_out, f.g.d_out.dtype, 1, f.g.d_out.row, false, f.w.do_t}, 0, ceil_div(n, kPanel));
   pack_b({a.d, n, a.flavour, q, a.q.dtype, a.q.row, 1, false, f.w.q}, 0, ceil_div(a.d, kPanel));
   pack_b({a.dv, n, a.flavour, d_out, f.g.d_out.dtype, f.g.d_out.row, 1, false, f.w.d_o}, 0, ceil_div(a.dv, kPanel));
-  prepare_statistics(f, c);
+  prepare_statistics(f, chunk);
 }
 
 // --- scores ----------------------------------------------------------------------------------------------------------
@@ -175,7 +182,7 @@ void hide(const Backward& f, const Chunk& c, const Tile& t) {
   }
 }
 
-// Keys j … of sixteen queries from column x on, as additions to the exponents: one vector a key.
+// Keys j … of sixteen queries from column x on, as additions to the scores: one vector a key.
 void mask_transposed(const Backward& f, const Chunk& c, int64_t x, int64_t j, IVec (&r)[16]) {
   const AttentionMask& m = f.a.mask;
   const int n = static_cast<int>(min64(kWidth, f.keys - j));
@@ -187,10 +194,10 @@ void mask_transposed(const Backward& f, const Chunk& c, int64_t x, int64_t j, IV
   transpose16(r);
 }
 
-// Scores as base-2 exponents; for a softcap, its derivative stays where the scores' gradient will need it.
+// Products to scores; for a softcap, its derivative stays where the scores' gradient will need it.
 void adjust_scores(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_cap) {
   const Attention& a = f.a;
-  const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + c.head] * kLog2e : 0.f;
+  const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + c.head] : 0.f;
   for (int64_t j0 = t.j.begin; j0 < t.j.end; j0 += 16)
     for (int64_t x = t.c.begin; x < t.c.end; x += kWidth) {
       IVec mask[16];
@@ -200,12 +207,12 @@ void adjust_scores(const Backward& f, const Chunk& c, const Tile& t, float* slop
         Vec s = load(at);
         if (a.softcap != 0.f) {
           const Vec tanh = vtanh(mul(s, set1(a.scale / a.softcap)));
-          s = mul(tanh, set1(a.softcap * kLog2e));
+          s = mul(tanh, set1(a.softcap));
           store(slope_of_cap + (j - t.j.begin) * kPitch + x, sub(set1(1.f), mul(tanh, tanh)));
         } else {
-          s = mul(s, set1(a.scale * kLog2e));
+          s = mul(s, set1(a.scale));
         }
-        if (a.mask.kind != MaskKind::none) s = add(s, as_float(mask[j - j0]));
+        if (a.mask.kind != MaskKind::none) s = add_mask(s, as_float(mask[j - j0]));
         if (a.slopes) {
           const float relative = static_cast<float>(c.i.begin + x + f.offset - j);
           s = fmadd(vabs(add(iota(), set1(relative))), set1(-slope), s);
@@ -275,7 +282,7 @@ struct Sixteen {
 
 template <Flavour F, bool Dropped>
 PBM_INLINE Sixteen sixteen(const Backward& f, Keep* keep, int64_t j, int64_t x, int64_t at, float factor) {
-  const Vec exponent = fmadd(load(f.w.s + at), set1(factor), sub(zero(), load(f.w.max + x)));
+  const Vec exponent = fmadd(load(f.w.s + at), set1(factor), sub(zero(), load(f.w.base + x)));
   const Vec p = mul(F == Flavour::bf16 ? vexp2_bf16(exponent) : vexp2(exponent), load(f.w.inverse_sum + x));
   Vec dp = load(f.w.dp + at);
   if constexpr (!Dropped) return {p, mul(p, sub(dp, load(f.w.delta + x)))};
@@ -334,7 +341,20 @@ void with_variant(const Attention& a, const Body& body) {
 
 // --- a block of keys ---------------------------------------------------------------------------------------------------
 
-// Scores as exponents of base 2, up to the factor that is returned, and the gradients of probabilities.
+// A tile's scores to exponents, of a chunk in which some row's base is large; the same to the bit for the others.
+void subtract_max(const Backward& f, const Tile& t, int64_t rows) {
+  const Vec factor = set1(score_factor(f.a));
+  for (int64_t x = t.c.begin; x < t.c.end; x += kWidth) {
+    const Vec max = load(f.w.max + x), base = mul(max, factor);
+    for (int64_t r = 0; r < rows; r++) {
+      float* at = f.w.s + r * kPitch + x;
+      const Vec s = load(at);
+      store(at, where_large(base, mul(sub(s, max), factor), fmadd(s, factor, sub(zero(), base))));
+    }
+  }
+}
+
+// Scores and the gradients of probabilities. What is returned times the scores, minus w.base, are the exponents.
 float scores(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_cap) {
   const Attention& a = f.a;
   const int64_t rows = t.j.end - t.j.begin, panels = (t.c.end - t.c.begin) / kPanel;
@@ -359,7 +379,9 @@ float scores(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_c
     }
     if (a.softcap != 0.f) std::memset(slope_of_cap + rows * kPitch, 0, kPitch * 4);
   }
-  return plain ? a.scale * kLog2e : 1.f;
+  if (!c.large) return score_factor(a);
+  subtract_max(f, t, rows);
+  return 1.f;
 }
 
 void backpropagate(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_cap) {
@@ -463,14 +485,14 @@ void attention_backward(const Attention& a, const AttentionGradients& g, const A
   prepare_keys(f);
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t h = item.kv_head * group; h < (item.kv_head + 1) * group; h++)
-    for_each_chunk(f, h, [&](const Chunk& c) {
+    for_each_chunk(f, h, [&](Chunk c) {
       std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
       bool prepared = false;
       for (Tile t{{item.begin, 0}, {}}; t.j.begin < item.end; t.j.begin = t.j.end) {
         t.j.end = min64(block_end(f, c, t.j.begin), item.end);
         t.c = columns_of(f, c, t.j);
         if (t.c.begin >= t.c.end) continue;
-        if (!prepared) prepare_chunk(f, c);
+        if (!prepared) prepare_chunk(f, &c);
         prepared = true;
         backpropagate(f, c, t, f.w.slope_of_cap);
       }
@@ -487,11 +509,11 @@ void attention_mask_gradient(const Attention& a, const AttentionGradients& g, co
       Backward f = backward(a, g, keys);
       f.w = carve(f);
       prepare_keys(f);
-      for_each_chunk(f, h, [&](const Chunk& c) {
+      for_each_chunk(f, h, [&](Chunk c) {
         Tile t{{item.begin, item.end}, {}};
         t.c = columns_of(f, c, t.j);
         if (t.c.begin >= t.c.end) return;
-        prepare_chunk(f, c);
+        prepare_chunk(f, &c);
         const float factor = scores(f, c, t, f.w.slope_of_cap);
         with_variant(a, [&]<Flavour F, bool Dropped>() { add_to_mask<F, Dropped>(f, c, t, factor, item); });
       });

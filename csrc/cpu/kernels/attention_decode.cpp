@@ -221,8 +221,6 @@ void output_run(const Part& f, int64_t first, int64_t count) {
 
 // --- softmax ---------------------------------------------------------------------------------------------------------
 
-bool plain(const Part& f) { return plain_scores(f.a) && f.a.k.dtype != DType::s8; }
-
 // Keys [lo, hi) of the part are visible to a row; the other scores are hidden, up to a whole pair of vectors.
 struct Seen {
   int64_t lo, hi, end;
@@ -241,15 +239,15 @@ void hide(float* row, const Seen& seen) {
   for (int64_t j = seen.hi; j < seen.end; j += kWidth) store(row + j, set1(kHidden));
 }
 
-// Row r's products to base-2 exponents; returns the largest.
+// Row r's products to scores; returns the largest.
 Vec adjust_scores(const Part& f, int64_t r, const Seen& seen) {
   const Attention& a = f.a;
   const bool s8 = a.k.dtype == DType::s8;
   float* row = f.w.scores + r * kPitch;
   const int64_t head = f.item.kv_head * (a.heads / a.kv_heads) + r / a.queries, i = r % a.queries;
   const float unit = s8 ? a.scale * f.w.q_scale[r] : a.scale;
-  const Vec inner = set1(a.softcap == 0.f ? unit * kLog2e : unit / a.softcap), outer = set1(a.softcap * kLog2e);
-  const Vec slope = set1(a.slopes ? -a.slopes[f.item.b * a.slopes_batch + head] * kLog2e : 0.f);
+  const Vec inner = set1(a.softcap == 0.f ? unit : unit / a.softcap), outer = set1(a.softcap);
+  const Vec slope = set1(a.slopes ? -a.slopes[f.item.b * a.slopes_batch + head] : 0.f);
   const int64_t mask = f.item.b * a.mask.batch + head * a.mask.head + i * a.mask.row + f.item.keys.begin;
   const float at = static_cast<float>(f.item.keys.begin - i - (a.bottom_right ? f.item.length - a.queries : 0));
   Vec largest = set1(kHidden);
@@ -259,7 +257,7 @@ Vec adjust_scores(const Part& f, int64_t r, const Seen& seen) {
     if (s8) x = mul(x, load(f.w.k_scale + j));
     if (a.softcap != 0.f) x = mul(vtanh(x), outer);
     if (a.mask.kind != MaskKind::none)
-      x = add(x, mask_at_n(a.mask, mask + j, static_cast<int>(min64(kWidth, f.keys - j))));
+      x = add_mask(x, mask_at_n(a.mask, mask + j, static_cast<int>(min64(kWidth, f.keys - j))));
     if (a.slopes) x = fmadd(vabs(add(iota(), set1(at + static_cast<float>(j)))), slope, x);
     store(row + j, x);
     if (j + kWidth <= seen.hi) largest = vmax(x, largest);
@@ -268,23 +266,17 @@ Vec adjust_scores(const Part& f, int64_t r, const Seen& seen) {
   return j > seen.hi ? vmax(load(row + j - kWidth), largest) : largest;
 }
 
-// Of row r: what its scores are multiplied with, and the largest of the products.
-struct Largest {
-  float factor, value;
-};
-
-Largest largest_of(const Part& f, int64_t r) {
+float largest_of(const Part& f, int64_t r) {
   float* row = f.w.scores + r * kPitch;
   const Seen seen = seen_by(f, r);
-  if (!plain(f)) return {1.f, reduce_max(adjust_scores(f, r, seen))};
+  if (!plain_scores(f.a)) return reduce_max(adjust_scores(f, r, seen));
   hide(row, seen);
   Vec m[2] = {set1(kHidden), set1(kHidden)};
   for (int64_t j = 0; j < seen.end; j += 2 * kWidth) {
     m[0] = vmax(load(row + j), m[0]);
     m[1] = vmax(load(row + j + kWidth), m[1]);  // hidden, where it lies behind the end
   }
-  const float factor = f.a.scale * kLog2e;
-  return {factor, reduce_max(vmax(m[0], m[1])) * factor};
+  return reduce_max(vmax(m[0], m[1]));
 }
 
 template <DType T>
@@ -310,13 +302,15 @@ void soften(const Part& f) {
   const int64_t end = ceil_div(f.keys, 2 * kWidth) * 2 * kWidth;
   float* largest = f.item.partial + f.padded * f.out_stride;
   float* sum = largest + f.padded;
+  for (int64_t r = 0; r < f.rows; r++) largest[r] = largest_of(f, r);
   for (int64_t r = 0; r < f.rows; r++) {
-    const Largest l = largest_of(f, r);
-    largest[r] = l.value;
-    sum[r] = l.factor;
-  }
-  for (int64_t r = 0; r < f.rows; r++) {
-    const Vec factor = set1(sum[r]), base = set1(largest[r] == kHidden ? 0.f : -largest[r]);
+    const float max = largest[r] == kHidden ? 0.f : largest[r], all = score_factor(f.a);
+    const bool large = is_large(max * all);
+    for (int64_t j = 0; large && j < end; j += kWidth) {
+      float* at = f.w.scores + r * kPitch + j;
+      store(at, mul(sub(load(at), set1(max)), set1(all)));
+    }
+    const Vec factor = set1(large ? 1.f : all), base = set1(large ? 0.f : -(max * all));
     Vec s[2] = {zero(), zero()};
     for (int64_t j = 0; j < end; j += 2 * kWidth) {
       s[0] = add(s[0], weights_of<T>(f, r, j, factor, base));

@@ -7,8 +7,9 @@ namespace pbm::PBM_TIER {
 namespace {
 
 // What a part is multiplied with. One that sees nothing holds zeros, or NaN where a hidden key has NaN: they stay.
-PBM_INLINE float factor_of(float largest, float of_all) {
-  return largest == of_all ? 1.f : reduce_max(vexp2(set1(largest - of_all)));
+PBM_INLINE float factor_of(const Attention& a, float largest, float of_all) {
+  if (largest == of_all) return 1.f;
+  return reduce_max(vexp2(rescaling(set1(largest), set1(of_all), set1(score_factor(a)))));
 }
 
 void put_row(const Attention& a, const float* out, float factor, int64_t at) {
@@ -28,7 +29,7 @@ void merge_row(const Attention& a, const DecodeItem* items, int64_t count, int64
   alignas(64) float out[256] = {};
   for (int64_t n = 0; n < count; n++) {
     const float* part = items[n].partial;
-    const float factor = factor_of(part[padded * stride + r], largest);
+    const float factor = factor_of(a, part[padded * stride + r], largest);
     sum += part[padded * (stride + 1) + r] * factor;
     for (int64_t d = 0; d < a.dv; d += kWidth)
       store(out + d, fmadd(load(part + r * stride + d), set1(factor), load(out + d)));
@@ -38,7 +39,7 @@ void merge_row(const Attention& a, const DecodeItem* items, int64_t count, int64
   const float inverse = empty ? 0.f : 1.f / sum;
   put_row(a, out, inverse, b * a.out.batch + head * a.out.head + i * a.out.row);
   const int64_t at = b * a.row_batch + head * a.row_head + i;
-  if (a.lse) a.lse[at] = empty ? kHidden : (largest + reduce_max(vlog2(set1(sum)))) * kLn2;
+  if (a.lse) a.lse[at] = empty ? kHidden : reduce_max(log_sum_exp(a, set1(largest), set1(sum)));
   if (a.max) a.max[at] = largest;
   if (a.inverse_sum) a.inverse_sum[at] = inverse;
 }

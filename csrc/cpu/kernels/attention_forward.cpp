@@ -99,7 +99,7 @@ void convert_queries(const Forward& f, int64_t head, int64_t i, int64_t count, i
 void adjust_scores(const Forward& f, const Strip& s, int64_t j0) {
   const Attention& a = f.a;
   const int64_t offset = a.bottom_right ? f.keys - f.queries : 0;
-  const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + s.head] * kLog2e : 0.f;
+  const float slope = a.slopes ? a.slopes[f.item.b * a.slopes_batch + s.head] : 0.f;
   for (int r = 0; r < s.rows; r++) {
     float* row = s.scores + r * f.pitch;
     const int64_t i = s.i + r;
@@ -108,13 +108,13 @@ void adjust_scores(const Forward& f, const Strip& s, int64_t j0) {
     for (int64_t j = s.columns.begin; j < s.columns.end; j += kWidth) {
       Vec x = load(row + j);
       if (a.softcap != 0.f) {
-        x = mul(vtanh(mul(x, set1(a.scale / a.softcap))), set1(a.softcap * kLog2e));
+        x = mul(vtanh(mul(x, set1(a.scale / a.softcap))), set1(a.softcap));
       } else {
-        x = mul(x, set1(a.scale * kLog2e));
+        x = mul(x, set1(a.scale));
       }
       if (a.mask.kind != MaskKind::none) {
         const int64_t left = f.keys - j0 - j;
-        if (left > 0) x = add(x, mask_at_n(a.mask, mask_row + j, static_cast<int>(min64(left, kWidth))));
+        if (left > 0) x = add_mask(x, mask_at_n(a.mask, mask_row + j, static_cast<int>(min64(left, kWidth))));
       }
       if (a.slopes) {
         const Vec distance = vabs(add(iota(), set1(relative + static_cast<float>(j))));
@@ -165,19 +165,28 @@ void find_maxima(const Forward& f, const Strip& s, float* max) {
   }
 }
 
-// p = 2^(s·factor − max) for a strip whose rows have the maxima found_max.
+// A row's scores to exponents, for a base that fmadd cannot be left to subtract.
+void subtract_max(const Strip& s, float* row, float max, float factor) {
+  for (int64_t j = s.columns.begin; j < s.columns.end; j += kWidth)
+    store(row + j, mul(sub(load(row + j), set1(max)), set1(factor)));
+}
+
+// p = 2^((s − max)·factor) for a strip whose rows have the maxima found_max.
 template <Flavour F>
 void soften(const Forward& f, const Strip& s, float factor, const float* found_max) {
   const Vec old = load_n(f.w.max + s.row, s.rows);
-  const Vec now = vmax(mul(load(found_max), set1(factor)), old);
-  alignas(64) float base[16], sums[16] = {};
-  store(base, where_hidden(now, zero(), now));
+  const Vec now = vmax(load(found_max), old), seen = where_hidden(now, zero(), now);
+  alignas(64) float max[16], base[16], sums[16] = {};
+  store(max, seen);
+  store(base, mul(seen, set1(factor)));
   store_n(f.w.max + s.row, now, s.rows);
   const int64_t pairs = (s.columns.end - s.columns.begin) / (2 * kWidth) * (2 * kWidth);
   for (int r = 0; r < s.rows; r++) {
     float* row = s.scores + r * f.pitch;
     char* p = s.p + r * f.pitch * (F == Flavour::f32 ? 4 : 2);
-    const Vec low = set1(-base[r]), scale = set1(factor);
+    const bool large = is_large(base[r]);
+    if (large) subtract_max(s, row, max[r], factor);
+    const Vec low = set1(large ? 0.f : -base[r]), scale = set1(large ? 1.f : factor);
     Vec s0 = zero(), s1 = zero();
     int64_t j = s.columns.begin;
     for (; j < s.columns.begin + pairs; j += 2 * kWidth) {
@@ -194,7 +203,7 @@ void soften(const Forward& f, const Strip& s, float factor, const float* found_m
     }
     sums[r] = reduce_add(add(s0, s1));
   }
-  const Vec earlier = vexp2(sub(old, load(base)));
+  const Vec earlier = vexp2(rescaling(old, seen, set1(factor)));
   store(s.rescale, earlier);
   store_n(f.w.sum + s.row, fmadd(load_n(f.w.sum + s.row, s.rows), earlier, load(sums)), s.rows);
 }
@@ -228,9 +237,9 @@ void drop(const Forward& f, const Strip& s, int64_t j0) {
 
 // --- a strip through a block --------------------------------------------------------------------------------------------
 
-// Raw products to exponents of base 2; the factor that is left to apply, and the rows' maxima.
+// Scores, and the rows' maxima.
 template <Flavour F>
-float score(const Forward& f, const Strip& s, Range block, float* max) {
+void score(const Forward& f, const Strip& s, Range block, float* max) {
   const Attention& a = f.a;
   constexpr int64_t kSize = 4 / k_per_lane(F);
   const int64_t lanes = panel_groups(a.d, F), first = s.columns.begin / kPanel;
@@ -254,7 +263,6 @@ float score(const Forward& f, const Strip& s, Range block, float* max) {
   const bool all_seen = top.end - block.begin >= s.columns.end && last.begin - block.begin <= s.columns.begin;
   if (!all_seen) hide(f, s, block.begin);
   if (!plain || !all_seen) find_maxima(f, s, max);
-  return plain ? a.scale * kLog2e : 1.f;
 }
 
 template <Flavour F>
@@ -278,13 +286,13 @@ void add_values(const Forward& f, const Strip& s, Range block) {
 template <Flavour F>
 void attend(const Forward& f, Strip* strips, int count, Range block) {
   alignas(64) float max[kTurns][16] = {}, rescale[kTurns][16];
-  float factor = 1.f;
   for (int t = 0; t < count; t++) {
     strips[t].scores = f.w.scores + t * kStrip * f.pitch;
     strips[t].p = f.w.p + t * kStrip * f.pitch * (4 / k_per_lane(F));
     strips[t].rescale = rescale[t];
-    factor = score<F>(f, strips[t], block, max[t]);
+    score<F>(f, strips[t], block, max[t]);
   }
+  const float factor = score_factor(f.a);
   for (int t = 0; t < count; t++) soften<F>(f, strips[t], factor, max[t]);
   if (f.a.dropout.threshold)
     for (int t = 0; t < count; t++) drop(f, strips[t], block.begin);
@@ -339,7 +347,7 @@ void finish_statistics(const Forward& f) {
     const Vec sum = load_n(f.w.sum + r, n), max = load_n(f.w.max + r, n);
     const Vec nothing = where_hidden(max, set1(1.f), zero());
     store_n(f.w.sum + r, div(sub(set1(1.f), nothing), add(sum, nothing)), n);
-    store_n(f.w.lse + r, mul(add(max, vlog2(add(sum, nothing))), set1(kLn2)), n);
+    store_n(f.w.lse + r, log_sum_exp(f.a, max, add(sum, nothing)), n);
   }
 }
 

@@ -23,20 +23,56 @@ PBM_INLINE Range visible_keys(const Attention& a, int64_t i, int64_t queries, in
   return {begin, end};
 }
 
-// Scores are kept as base-2 exponents. Where nothing but the scale stands between q·k and the softmax, the exponential
-// applies it; otherwise adjust_scores does.
+// Where nothing but the scale stands between q·k and the softmax, the products themselves are the scores, and the
+// exponential applies the scale; otherwise adjust_scores makes them what the formula calls s.
 PBM_INLINE bool plain_scores(const Attention& a) {
-  return a.softcap == 0.f && a.mask.kind == MaskKind::none && !a.slopes && a.scale > 0.f;
+  return a.softcap == 0.f && a.mask.kind == MaskKind::none && !a.slopes && a.scale >= 0x1p-126f &&
+         a.k.dtype != DType::s8;
+}
+// What a score is to be multiplied with to be an s; and to be an exponent of base 2.
+PBM_INLINE float score_unit(const Attention& a) { return plain_scores(a) ? a.scale : 1.f; }
+PBM_INLINE float score_factor(const Attention& a) { return score_unit(a) * kLog2e; }
+
+// --- the softmax's exponents: weights are 2^(score·factor − max·factor) -----------------------------------------------
+
+// With base = max·factor rounded, 2^fma(score, factor, −base) has an error that is common to a row and cancels, but for
+// huge scores it leaves the range of floats: rows with such a base take 2^((score − max)·factor), which is as good.
+constexpr float kLargeBase = 0x1p22f;
+PBM_INLINE bool is_large(float base) { return !(__builtin_fabsf(base) < kLargeBase); }  // NaN and infinity are
+PBM_INLINE Vec where_large(Vec base, Vec a, Vec b) {
+  return where_negative(sub(vabs(base), set1(kLargeBase)), b, a);
 }
 
-// Sixteen elements of a mask as what is added to the exponents.
+// The exponent of what turns weights relative to the maximum `from` to such relative to `to`, which is not −∞.
+PBM_INLINE Vec rescaling(Vec from, Vec to, Vec factor) {
+  const Vec base = mul(from, factor), to_base = mul(to, factor);
+  const Vec small = where_large(base, fmadd(from, factor, sub(zero(), to_base)), sub(base, to_base));
+  const Vec large =
+      where_large(base, mul(sub(from, to), factor), sub(zero(), fmadd(to, factor, sub(zero(), base))));
+  return where_large(to_base, large, small);
+}
+
+// The log-sum-exp of rows with these maxima and sums of weights, −∞ where the maximum is.
+PBM_INLINE Vec log_sum_exp(const Attention& a, Vec max, Vec sum) {
+  const Vec base = mul(max, set1(score_factor(a))), log2 = vlog2(sum);
+  const Vec small = mul(add(base, log2), set1(kLn2));
+  const Vec large = fmadd(max, set1(score_unit(a)), mul(log2, set1(kLn2)));
+  return where_hidden(max, add(max, log2), where_large(base, large, small));  // NaN stays
+}
+
+// --- masks -----------------------------------------------------------------------------------------------------------
+
+// Sixteen elements of a mask as what is added to scores.
 PBM_INLINE Vec mask_at(const AttentionMask& m, int64_t at) {
   if (m.kind == MaskKind::boolean) {
     const IVec visible = widen_u8(static_cast<const uint8_t*>(m.data) + at);  // 0 or 1
     return as_float(iand(isub(visible, iset1(1)), as_int(set1(kHidden))));
   }
-  return with_float_dtype(m.dtype, [&]<DType T>() { return mul(load16<T>(m.data, at), set1(kLog2e)); });
+  return with_float_dtype(m.dtype, [&]<DType T>() { return load16<T>(m.data, at); });
 }
+
+// Hidden is hidden, whatever the score is.
+PBM_INLINE Vec add_mask(Vec score, Vec mask) { return where_hidden(mask, mask, add(score, mask)); }
 
 PBM_INLINE Vec mask_at_n(const AttentionMask& m, int64_t at, int n) {
   if (n >= 16) return mask_at(m, at);

@@ -53,10 +53,11 @@ PBM_INLINE Vec vexp2_bf16(Vec x) {
   return scale_by_pow2_floor(p, x);
 }
 
-// log2 of x ≥ 0.71 and finite, error below 1 ulp of the result or 1e-7; NaN stays NaN.
+// log2 of x > 0, normal and finite; error below 1 ulp of the result or 1e-7; NaN stays NaN.
 PBM_INLINE Vec vlog2(Vec x) {
   const IVec bits = as_int(x);
-  const IVec e = shr<23>(isub(bits, iset1(0x3f3504f3)));  // x = 2^e·(1 + f), 1 + f in [√½, √2)
+  // x = 2^e·(1 + f), 1 + f in [√½, √2). The shift is of unsigned numbers: e is kept positive until then.
+  const IVec e = isub(shr<23>(iadd(bits, iset1(0x3f800000 - 0x3f3504f3))), iset1(127));
   const Vec f = sub(as_float(isub(bits, shl<23>(e))), set1(1.f));
   Vec p = set1(0x1.01b6dcp-3f);
   p = fmadd(p, f, set1(-0x1.a87d0cp-3f));

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -94,10 +92,10 @@ def check_options(
     precision: int,
 ) -> None:
     torch._check(
-        softcap >= 0 and math.isfinite(softcap),
-        lambda: f"{op}: softcap must be finite and at least 0, got {softcap}",
+        softcap == 0 or 1e-30 <= softcap <= 1e30,
+        lambda: f"{op}: softcap must be 0 or in 1e-30..1e30, got {softcap}",
     )
-    torch._check(math.isfinite(scale), lambda: f"{op}: scale must be finite, got {scale}")
+    torch._check(abs(scale) <= 1e38, lambda: f"{op}: scale must be in -1e38..1e38, got {scale}")
     torch._check(0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     torch._check(
         precision in (0, 1),
@@ -110,6 +108,7 @@ def check_options(
         )
         assert dropout_seed is not None
         check.check_dtype(op, "dropout_seed", dropout_seed, torch.int64)
+        check_on_cpu(op, "dropout_seed", dropout_seed, q)
         torch._check(
             dropout_seed.numel() == 1,
             lambda: (
@@ -132,9 +131,18 @@ def check_options(
             torch._check(got == want, message)
 
 
-def check_starts(op: str, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+def check_on_cpu(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
+    """Numbers that the op reads; where q has no data, they need none."""
+    torch._check(
+        tensor.device.type == "cpu" or (q.is_meta and tensor.is_meta),
+        lambda: f"{op}: {name} must be on the CPU; got {tensor.device}",
+    )
+
+
+def check_starts(op: str, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> None:
     """Not their values, which a fake tensor has not."""
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_on_cpu(op, name, starts, q)
         check.check_dtype(op, name, starts, torch.int32, torch.int64)
         torch._check(
             starts.dim() == 1 and starts.shape[0] >= 1,

@@ -82,7 +82,7 @@ AdditiveProblem additive_problem(const char* op, const Tensor& query, const Tens
                                  const std::optional<Tensor>& dropout_seed, double dropout_p) {
   check_shapes(op, query, key, value, v);
   if (attn_mask) check_mask(op, *attn_mask, query, key);
-  check_dropout(op, dropout_seed, dropout_p);
+  check_dropout(op, dropout_seed, dropout_p, query);
   AdditiveProblem p;
   AdditiveAttention& a = p.a;
   a.batch = query.size(0);

@@ -3,7 +3,7 @@
 namespace pbm {
 namespace {
 
-// A sequence's items, the longest first: what is left at the end is then short.
+// Of each sequence the last rows first, which see most under a causal mask.
 std::vector<AttentionItem> items_of(const Attention& a) {
   const int64_t threads = torch::stable::get_num_threads(), group = a.kv_heads ? a.heads / a.kv_heads : 1;
   std::vector<AttentionItem> items;

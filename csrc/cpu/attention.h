@@ -37,7 +37,7 @@ void set_options(const AttentionOptions& o, AttentionProblem* p);
 // (b, h, i, d) in place where the last dimension is contiguous; 3-dimensional tensors are (i, h, d).
 AttentionOperand operand(const char* name, const Tensor& t, AttentionProblem* p);
 
-void check_dropout(const char* op, const std::optional<Tensor>& seed, double dropout_p);
+void check_dropout(const char* op, const std::optional<Tensor>& seed, double dropout_p, const Tensor& q);
 Dropout dropout_of(const std::optional<Tensor>& seed, double dropout_p);
 
 // Items to the threads as they come free: of a window or a causal mask they are not alike, and cores are not either.

@@ -3,15 +3,23 @@
 namespace pbm {
 namespace {
 
+struct Saved {
+  const Tensor& grad_out;
+  const std::optional<Tensor>& grad_lse;
+  const Tensor &q, &k, &v, &out, &statistics;
+};
+
 // Parts of the keys of one head. Each beyond the first costs another copy of dQ in fp32 and packing the queries again, so
-// there are several only where heads alone would leave threads without work.
-int64_t key_parts(const Attention& a) {
-  constexpr int64_t kFewestKeys = 192;
+// there are several only where heads alone would leave threads without work, and their copies are bounded.
+int64_t key_parts(const Attention& a, const Saved& s) {
+  constexpr int64_t kFewestKeys = 192, kCopyBytes = int64_t{64} << 20;
   const int64_t heads = a.batch * a.kv_heads, threads = torch::stable::get_num_threads();
   if (heads == 0 || heads >= 4 * threads) return 1;
   int64_t longest = 0;
   for (int64_t b = 0; b < a.batch; b++) longest = std::max(longest, keys_of(a, b));
-  const int64_t most = std::min<int64_t>(std::max<int64_t>(longest / kFewestKeys, 1), 2 * threads);
+  const int64_t inputs = (s.q.numel() + s.k.numel() + s.v.numel()) * size_of(a.q.dtype);
+  const int64_t copies = std::max(2 * inputs, kCopyBytes) / std::max<int64_t>(s.q.numel() * 4, 1);
+  const int64_t most = std::max<int64_t>(std::min({longest / kFewestKeys, 2 * threads, copies}), 1);
   int64_t best = 1, least = -1;
   for (int64_t parts = 1; parts <= most; parts++) {
     const int64_t cost = ceil_div(heads * parts, threads) * (ceil_div(longest, parts) + 32);
@@ -37,12 +45,6 @@ void add_parts(const Tensor& parts, const Tensor& out) {
     }
   });
 }
-
-struct Saved {
-  const Tensor& grad_out;
-  const std::optional<Tensor>& grad_lse;
-  const Tensor &q, &k, &v, &out, &statistics;
-};
 
 void check_saved(const char* op, const Saved& s, const AttentionProblem& p) {
   const bool packed = s.q.dim() == 3;
@@ -90,20 +92,21 @@ AttentionGradients gradients_of(const Saved& s, AttentionProblem* p) {
   return g;
 }
 
-Tensor empty_like(const Tensor& t, ScalarType dtype, int64_t copies = 0) {
+// Of t's shape; with `parts`, that many of them.
+Tensor empty_gradient(const Tensor& t, ScalarType dtype, std::optional<int64_t> parts = std::nullopt) {
   std::vector<int64_t> sizes;
-  if (copies) sizes.push_back(copies);
+  if (parts) sizes.push_back(*parts);
   for (int64_t i = 0; i < t.dim(); i++) sizes.push_back(t.size(i));
   return empty_cpu(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> run(const Saved& s, AttentionProblem* p, AttentionGradients g) {
   const Attention& a = p->a;
-  const int64_t parts = key_parts(a);
+  const int64_t parts = key_parts(a, s);
   const ScalarType dtype = s.q.scalar_type();
-  Tensor d_q = empty_like(s.q, dtype), d_k = empty_like(s.k, dtype), d_v = empty_like(s.v, dtype);
+  Tensor d_q = empty_gradient(s.q, dtype), d_k = empty_gradient(s.k, dtype), d_v = empty_gradient(s.v, dtype);
   std::optional<Tensor> d_q_parts;
-  if (parts > 1) d_q_parts = empty_like(s.q, ScalarType::Float, parts);
+  if (parts > 1) d_q_parts = empty_gradient(s.q, ScalarType::Float, parts);
   g.d_k = written(d_k, p);
   g.d_v = written(d_v, p);
   g.d_q = written(d_q, p);
@@ -124,31 +127,40 @@ std::tuple<Tensor, Tensor, Tensor> run(const Saved& s, AttentionProblem* p, Atte
   return {d_q, d_k, d_v};
 }
 
-// In fp32, with every key; then summed over what was broadcast.
+// What is broadcast is summed by one item in a row: nothing depends on the threads. Blocks of keys and chunks of queries
+// that have elements of their own are items of their own.
+std::vector<AttentionMaskItem> mask_items(const Attention& a, const int64_t (&sizes)[4], float* out) {
+  const bool rows = sizes[2] > 1, cols = sizes[3] > 1;
+  const auto of = [](int64_t size, int64_t n, int64_t count) { return size > 1 ? Range{n, n + 1} : Range{0, count}; };
+  const int64_t keys = cols ? kMaskBlockKeys : std::max<int64_t>(a.keys, 1);
+  // Each chunk of queries packs its keys again: only where there would be too few items.
+  const bool few = sizes[0] * sizes[1] * ceil_div(a.keys, keys) < 4 * torch::stable::get_num_threads();
+  const int64_t queries = rows && few ? kMaskChunkQueries : std::max<int64_t>(a.queries, 1);
+  std::vector<AttentionMaskItem> items;
+  for (int64_t b = 0; b < sizes[0]; b++)
+    for (int64_t h = 0; h < sizes[1]; h++)
+      for (int64_t i = 0; i < a.queries; i += queries)
+        for (int64_t j = 0; j < a.keys; j += keys)
+          items.push_back({of(sizes[0], b, a.batch),
+                           of(sizes[1], h, a.heads),
+                           {i, std::min(i + queries, a.queries)},
+                           {j, std::min(j + keys, a.keys)},
+                           out + (b * sizes[1] + h) * sizes[2] * sizes[3],
+                           rows ? sizes[3] : 0,
+                           cols ? 1 : 0});
+  return items;
+}
+
 Tensor mask_gradient(const Tensor& mask, AttentionProblem* p, const AttentionGradients& g) {
   const Attention& a = p->a;
   const int64_t dim = mask.dim();
   const auto size = [&](int64_t from_end) { return dim >= from_end ? mask.size(dim - from_end) : 1; };
-  const int64_t sizes[4] = {size(4), size(3), size(2), a.keys};
+  const int64_t sizes[4] = {size(4), size(3), size(2), size(1)};
   Tensor full = empty_cpu(sizes, 4, ScalarType::Float);
   torch::stable::zero_(full);
-  float* out = static_cast<float*>(full.mutable_data_ptr());
-  std::vector<AttentionMaskItem> items;
-  for (int64_t b = 0; b < sizes[0]; b++)
-    for (int64_t h = 0; h < sizes[1]; h++)
-      for (int64_t j = 0; j < a.keys; j += kMaskBlockKeys) {
-        const Range batch = sizes[0] > 1 ? Range{b, b + 1} : Range{0, a.batch};
-        const Range head = sizes[1] > 1 ? Range{h, h + 1} : Range{0, a.heads};
-        items.push_back({batch, head, j, std::min(j + kMaskBlockKeys, a.keys),
-                         out + (b * sizes[1] + h) * sizes[2] * a.keys, sizes[2] > 1 ? a.keys : 0});
-      }
+  const std::vector<AttentionMaskItem> items = mask_items(a, sizes, static_cast<float*>(full.mutable_data_ptr()));
   const Kernels& kernel = kernels();
   for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) { kernel.attention_mask_gradient(a, g, items[i]); });
-
-  if (dim == 0 || (mask.size(dim - 1) == 1 && a.keys != 1)) {
-    const int64_t last = 3;
-    full = torch::stable::sum(full, torch::headeronly::IntHeaderOnlyArrayRef(&last, 1), true, std::nullopt);
-  }
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < dim; i++) shape.push_back(mask.size(i));
   full = torch::stable::reshape(full, shape);

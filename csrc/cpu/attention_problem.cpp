@@ -19,18 +19,18 @@ void check_mask(const char* op, const Tensor& mask, const Tensor& q, const Tenso
                   full[3], "), got shape ", shape_of(mask));
 }
 
-AttentionMask mask_of(const Tensor& mask, AttentionProblem* p) {
+// The keys of a row lie side by side or share one value; other masks are copied, but not what is broadcast in them.
+Tensor readable(const Tensor& mask) {
   const int64_t dim = mask.dim();
-  // The keys of a row lie side by side; a mask that is one value for all keys is written out.
+  if (dim == 0 || mask.size(dim - 1) <= 1 || mask.stride(dim - 1) <= 1) return mask;
   Tensor m = mask;
-  const int64_t keys = p->a.keys;
-  if (dim == 0 || mask.size(dim - 1) != keys || (mask.stride(dim - 1) != 1 && keys > 1)) {
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i + 1 < dim; i++) sizes.push_back(mask.size(i));
-    sizes.push_back(keys);
-    m = empty_cpu(sizes.data(), static_cast<int64_t>(sizes.size()), mask.scalar_type());
-    torch::stable::copy_(m, mask);
-  }
+  for (int64_t i = 0; i < dim; i++)
+    if (m.stride(i) == 0 && m.size(i) > 1) m = torch::stable::narrow(m, i, 0, 1);
+  return torch::stable::contiguous(m);
+}
+
+AttentionMask mask_of(const Tensor& mask, AttentionProblem* p) {
+  const Tensor m = readable(mask);
   p->kept.push_back(m);
   AttentionMask out{};
   out.kind = m.scalar_type() == ScalarType::Bool ? MaskKind::boolean : MaskKind::additive;
@@ -40,6 +40,7 @@ AttentionMask mask_of(const Tensor& mask, AttentionProblem* p) {
   const auto stride = [&](int64_t from_end) {
     return n >= from_end && m.size(n - from_end) > 1 ? m.stride(n - from_end) : 0;
   };
+  out.col = stride(1);
   out.row = stride(2);
   out.head = stride(3);
   out.batch = stride(4);
@@ -50,12 +51,14 @@ Flavour flavour_of(const Tensor& q, int64_t precision) {
   return precision == 1 || q.scalar_type() == ScalarType::BFloat16 ? Flavour::bf16 : Flavour::f32;
 }
 
-std::vector<int64_t> starts_of(const char* op, const char* name, const Tensor& t, const char* of, int64_t total) {
+std::vector<int64_t> starts_of(const char* op, const char* name, const Tensor& t, const char* of, const Tensor& rows) {
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, op, ": ", name,
                   " must be int32 or int64, got ", dtype_name(dtype));
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1, op, ": ", name, " must have shape (sequences + 1,), got ",
                   shape_of(t));
+  check_same_device(op, name, t, rows);
+  const int64_t total = rows.size(0);
   const Tensor c = as_contiguous(t);
   const void* data = data_of(name, c);
   std::vector<int64_t> starts(t.size(0));
@@ -93,12 +96,13 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
 }  // namespace
 
 void check_options(const char* op, const AttentionOptions& o, const Tensor& q, int64_t batch, int64_t heads) {
-  STD_TORCH_CHECK(o.softcap >= 0 && std::isfinite(o.softcap), op, ": softcap must be finite and at least 0, got ",
-                  o.softcap);
-  STD_TORCH_CHECK(std::isfinite(o.scale), op, ": scale must be finite, got ", o.scale);
+  // Of what float32 holds, and the products with log2 e too.
+  STD_TORCH_CHECK(o.softcap == 0 || (o.softcap >= 1e-30 && o.softcap <= 1e30), op,
+                  ": softcap must be 0 or in 1e-30..1e30, got ", o.softcap);
+  STD_TORCH_CHECK(std::fabs(o.scale) <= 1e38, op, ": scale must be in -1e38..1e38, got ", o.scale);
   STD_TORCH_CHECK(o.precision == 0 || o.precision == 1, op, ": precision must be 0 (fp32) or 1 (bf16), got ",
                   o.precision);
-  check_dropout(op, o.dropout_seed, o.dropout_p);
+  check_dropout(op, o.dropout_seed, o.dropout_p, q);
   if (o.alibi_slopes) {
     const Tensor& s = *o.alibi_slopes;
     check_dtype(op, "alibi_slopes", s, ScalarType::Float);
@@ -114,8 +118,10 @@ void set_options(const AttentionOptions& o, AttentionProblem* p) {
   Attention& a = p->a;
   a.scale = static_cast<float>(o.scale);
   a.softcap = static_cast<float>(o.softcap);
-  a.left = o.window_left;
-  a.right = o.window_right;
+  // No sequence is as long as 2⁴⁰, and sums with what lies beyond might leave the range of int64.
+  constexpr int64_t kUnbounded = int64_t{1} << 40;
+  a.left = o.window_left < kUnbounded ? o.window_left : -1;
+  a.right = o.window_right < kUnbounded ? o.window_right : -1;
   a.bottom_right = o.bottom_right;
   if (o.alibi_slopes) {
     const Tensor slopes = as_contiguous(*o.alibi_slopes);
@@ -126,11 +132,12 @@ void set_options(const AttentionOptions& o, AttentionProblem* p) {
   a.dropout = dropout_of(o.dropout_seed, o.dropout_p);
 }
 
-void check_dropout(const char* op, const std::optional<Tensor>& seed, double dropout_p) {
+void check_dropout(const char* op, const std::optional<Tensor>& seed, double dropout_p, const Tensor& q) {
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p must be in [0, 1], got ", dropout_p);
   if (dropout_p == 0) return;
   STD_TORCH_CHECK(seed, op, ": dropout_seed must be given where dropout_p is not 0");
   check_dtype(op, "dropout_seed", *seed, ScalarType::Long);
+  check_same_device(op, "dropout_seed", *seed, q);
   STD_TORCH_CHECK(seed->numel() == 1, op, ": dropout_seed must have one element, got shape ", shape_of(*seed));
 }
 
@@ -176,8 +183,8 @@ AttentionProblem varlen_problem(const char* op, const Tensor& q, const Tensor& k
                                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const AttentionOptions& o) {
   check_attention(op, q, k, v, 3);
   AttentionProblem p;
-  p.query_start = starts_of(op, "cu_seqlens_q", cu_seqlens_q, "q", q.size(0));
-  p.key_start = starts_of(op, "cu_seqlens_k", cu_seqlens_k, "k", k.size(0));
+  p.query_start = starts_of(op, "cu_seqlens_q", cu_seqlens_q, "q", q);
+  p.key_start = starts_of(op, "cu_seqlens_k", cu_seqlens_k, "k", k);
   STD_TORCH_CHECK(p.query_start.size() == p.key_start.size(), op, ": cu_seqlens_k must have cu_seqlens_q's shape (",
                   p.query_start.size(), ",), got ", shape_of(cu_seqlens_k));
   Attention& a = p.a;

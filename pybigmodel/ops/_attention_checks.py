@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -78,7 +76,15 @@ def check_mask(op: str, mask: Tensor | None, q: Tensor, k: Tensor, name: str = "
         torch._check(got == 1 or got == want, message)
 
 
-def check_dropout(op: str, dropout_seed: Tensor | None, dropout_p: float) -> None:
+def check_on_cpu(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
+    """Numbers that the op reads; where q has no data, they need none."""
+    torch._check(
+        tensor.device.type == "cpu" or (q.is_meta and tensor.is_meta),
+        lambda: f"{op}: {name} must be on the CPU; got {tensor.device}",
+    )
+
+
+def check_dropout(op: str, dropout_seed: Tensor | None, dropout_p: float, q: Tensor) -> None:
     torch._check(0 <= dropout_p <= 1, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     if dropout_p != 0:
         torch._check(
@@ -87,6 +93,7 @@ def check_dropout(op: str, dropout_seed: Tensor | None, dropout_p: float) -> Non
         )
         assert dropout_seed is not None
         check.check_dtype(op, "dropout_seed", dropout_seed, torch.int64)
+        check_on_cpu(op, "dropout_seed", dropout_seed, q)
         torch._check(
             dropout_seed.numel() == 1,
             lambda: (
@@ -111,15 +118,15 @@ def check_options(
     precision: int,
 ) -> None:
     torch._check(
-        softcap >= 0 and math.isfinite(softcap),
-        lambda: f"{op}: softcap must be finite and at least 0, got {softcap}",
+        softcap == 0 or 1e-30 <= softcap <= 1e30,
+        lambda: f"{op}: softcap must be 0 or in 1e-30..1e30, got {softcap}",
     )
-    torch._check(math.isfinite(scale), lambda: f"{op}: scale must be finite, got {scale}")
+    torch._check(abs(scale) <= 1e38, lambda: f"{op}: scale must be in -1e38..1e38, got {scale}")
     torch._check(
         precision in (0, 1),
         lambda: f"{op}: precision must be 0 (fp32) or 1 (bf16), got {precision}",
     )
-    check_dropout(op, dropout_seed, dropout_p)
+    check_dropout(op, dropout_seed, dropout_p, q)
     if alibi_slopes is not None:
         check.check_dtype(op, "alibi_slopes", alibi_slopes, torch.float32)
         check.check_same_device(op, "alibi_slopes", alibi_slopes, q)
@@ -136,9 +143,10 @@ def check_options(
             torch._check(got == want, message)
 
 
-def check_starts(op: str, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+def check_starts(op: str, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> None:
     """Not their values, which a fake tensor has not."""
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_on_cpu(op, name, starts, q)
         check.check_dtype(op, name, starts, torch.int32, torch.int64)
         torch._check(
             starts.dim() == 1 and starts.shape[0] >= 1,

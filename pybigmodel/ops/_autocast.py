@@ -24,12 +24,20 @@ def cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
     return value.to(dtype) if eligible else value
 
 
-def register_autocast(name: str, positions: tuple[int, ...]) -> None:
-    """Register autocast of op ``name`` for its arguments at ``positions``.
+def register_autocast(
+    name: str, positions: tuple[int, ...], unless_float32: tuple[int, ...] = ()
+) -> None:
+    """Register autocast of op ``name`` for its arguments at ``positions``, and for those at
+    ``unless_float32`` that are not float32.
 
     The dtype is the one current at the call; torch.library.register_autocast fixes it beforehand.
     """
     op = getattr(torch.ops.pybigmodel, name).default
+
+    def takes(at: int, arg: Any) -> bool:
+        wide = isinstance(arg, Tensor) and arg.dtype == torch.float32
+        return at in positions or (at in unless_float32 and not wide)
+
     for device in ("cpu", "cuda"):
 
         def kernel(*args: Any, device: str = device) -> Any:
@@ -37,7 +45,7 @@ def register_autocast(name: str, positions: tuple[int, ...]) -> None:
             with below_autocast(device):
                 return op(
                     *(
-                        cast(arg, device, dtype) if at in positions else arg
+                        cast(arg, device, dtype) if takes(at, arg) else arg
                         for at, arg in enumerate(args)
                     )
                 )

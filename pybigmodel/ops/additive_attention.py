@@ -118,7 +118,7 @@ def _check(
     check.check_shape(op, "v", v, (h,), f"must have shape ({h},)")
     check.check_same_device(op, "v", v, query)
     check_mask(op, attn_mask, query, key, "query")
-    check_dropout(op, dropout_seed, dropout_p)
+    check_dropout(op, dropout_seed, dropout_p, query)
 
 
 @torch.library.register_fake("pybigmodel::additive_attention")

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pybigmodel._torch_private import below_autograd, forward_ad, register_function
-from pybigmodel.ops import _checks as check
-from pybigmodel.ops._attention_checks import (
-    check_attention,
-    check_mask,
-    check_options,
-    check_starts,
-)
-from pybigmodel.ops._autocast import register_autocast
-from pybigmodel.ops._common import (
-    ForwardModeError,
-    Precision,
-    once_differentiable,
-    precision_code,
-    refuse_forward_mode,
-)
+from pybigmodel._torch_private import forward_ad
+from pybigmodel.ops import _attention_kernels  # noqa: F401  (registers what the ops need in Python)
+from pybigmodel.ops._common import Precision, precision_code, refuse_forward_mode
 
 Align: TypeAlias = Literal["bottom_right", "top_left"]
 Window: TypeAlias = "tuple[int | None, int | None] | None"
 
-_ops = torch.ops.pybigmodel
-_attention = _ops.attention.default
-_attention_backward = _ops.attention_backward.default
-_attention_varlen = _ops.attention_varlen.default
-_attention_varlen_backward = _ops.attention_varlen_backward.default
+_attention = torch.ops.pybigmodel.attention.default
+_attention_varlen = torch.ops.pybigmodel.attention_varlen.default
 
 
 def attention(
@@ -80,10 +63,12 @@ def attention(
             generator. Element (b, h, i, j) is kept if the upper 24 bits of word j mod 4 of
             Philox4x32-10, counter (j // 4, i, b·Hq + h, 0) and key dropout_seed, are at least
             dropout_p·2²⁴: the same elements in forward, in backward and on every device.
-        scale: default 1/√D.
+        softcap: 0 or 1e-30 to 1e30.
+        scale: default 1/√D; −1e38 to 1e38.
         return_lse: also return lse, (B, Hq, Sq) float32.
-        precision: "bf16" computes float32 and float16 tensors in bfloat16 products. By default
-            bfloat16 tensors take these, the others float32 ones.
+        precision: "bf16" computes float32 and float16 tensors in bfloat16 products. By default, and
+            with "fp32", their products are float32 ones. Those of bfloat16 tensors are bfloat16
+            ones whatever precision is: they are exact before they are summed.
 
     Returns:
         (B, Hq, Sq, Dv), q's dtype; with ``return_lse`` a pair.
@@ -91,7 +76,7 @@ def attention(
     Numerics: products are summed and the softmax is kept in float32 (probabilities are rounded to
     bfloat16 for bfloat16 products); 2^x has a relative error below 1.5e-7 (3e-6 before rounding to
     bfloat16). A row's result depends neither on its neighbours in the batch nor on the number of
-    threads; gradients are deterministic.
+    threads; gradients are deterministic for a given number of threads.
 
     Raises:
         RuntimeError: a wrong dtype, shape, device or value, naming the argument; a second
@@ -104,27 +89,19 @@ def attention(
     if forward_ad._current_level >= 0:
         refuse_forward_mode("attention", q=q, k=k, v=v, attn_mask=attn_mask)
     options = _options(
-        "attention", q, causal, window, alibi_slopes, softcap, dropout_p, dropout_seed, scale
-    )
-    bottom_right = _is_bottom_right(causal_align)
-    code = 0 if precision is None else precision_code(precision)
-    arguments = (
+        "attention",
         q,
-        k,
-        v,
-        attn_mask,
+        causal,
+        window,
         alibi_slopes,
-        options.seed,
-        options.left,
-        options.right,
-        bottom_right,
         softcap,
         dropout_p,
-        options.scale,
-        code,
-        False,
+        dropout_seed,
+        scale,
+        causal_align,
+        precision,
     )
-    out, lse, _ = _attention(*arguments)
+    out, lse, _ = _attention(q, k, v, attn_mask, *options, False)
     return (out, lse) if return_lse else out
 
 
@@ -168,34 +145,20 @@ def attention_varlen(
     if forward_ad._current_level >= 0:
         refuse_forward_mode("attention_varlen", q=q, k=k, v=v)
     options = _options(
-        "attention_varlen", q, causal, window, alibi_slopes, softcap, dropout_p, dropout_seed, scale
-    )
-    bottom_right = _is_bottom_right(causal_align)
-    code = 0 if precision is None else precision_code(precision)
-    out, lse, _ = _attention_varlen(
+        "attention_varlen",
         q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        causal,
+        window,
         alibi_slopes,
-        options.seed,
-        options.left,
-        options.right,
-        bottom_right,
         softcap,
         dropout_p,
-        options.scale,
-        code,
+        dropout_seed,
+        scale,
+        causal_align,
+        precision,
     )
+    out, lse, _ = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     return (out, lse) if return_lse else out
-
-
-class _Options(NamedTuple):
-    seed: Tensor | None
-    left: int
-    right: int
-    scale: float
 
 
 def _options(
@@ -208,7 +171,10 @@ def _options(
     dropout_p: float,
     dropout_seed: int | Tensor | None,
     scale: float | None,
-) -> _Options:
+    causal_align: Align,
+    precision: Precision | None,
+) -> tuple[Any, ...]:
+    """The arguments that the two ops have in common, in their order."""
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: alibi_slopes requires grad, and it has no gradient: detach it")
     left, right = window_sides(window)
@@ -216,18 +182,21 @@ def _options(
         right = 0
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
-    return _Options(seed_of(dropout_p, dropout_seed), left, right, scale)
+    seed = seed_of(dropout_p, dropout_seed)
+    bottom_right = _is_bottom_right(causal_align)
+    code = 0 if precision is None else precision_code(precision)
+    return alibi_slopes, seed, left, right, bottom_right, softcap, dropout_p, scale, code
 
 
 def seed_of(dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor | None:
-    """As the ops take it; None: drawn from torch's default generator."""
+    """As the ops take it, on the CPU; None: drawn from torch's default generator."""
     if dropout_p == 0:
         return None
     if dropout_seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")
     if isinstance(dropout_seed, Tensor):
         return dropout_seed
-    return torch.tensor([dropout_seed], dtype=torch.int64)
+    return torch.tensor([dropout_seed], dtype=torch.int64, device="cpu")
 
 
 def window_sides(window: Window) -> tuple[int, int]:
@@ -250,228 +219,3 @@ def _is_bottom_right(causal_align: str) -> bool:
     if causal_align not in ("bottom_right", "top_left"):
         raise ValueError(f"causal_align must be 'bottom_right' or 'top_left'; got {causal_align!r}")
     return causal_align == "bottom_right"
-
-
-# --- fake kernels -------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("pybigmodel::attention")
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "attention"
-    *options, _for_backward = rest
-    check_attention(op, q, k, v, 4)
-    check_options(op, q, q.shape[0], q.shape[1], *options)
-    check_mask(op, attn_mask, q, k)
-    return _empty_results(q, v, q.shape[:-1])
-
-
-@torch.library.register_fake("pybigmodel::attention_varlen")
-def _attention_varlen_fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "attention_varlen"
-    check_attention(op, q, k, v, 3)
-    check_starts(op, cu_seqlens_q, cu_seqlens_k)
-    check_options(op, q, cu_seqlens_q.shape[0] - 1, q.shape[1], *options)
-    return _empty_results(q, v, (q.shape[1], q.shape[0]))
-
-
-def _empty_results(q: Tensor, v: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty((*q.shape[:-1], v.shape[-1])),
-        q.new_empty(rows, dtype=torch.float32),
-        q.new_empty((2, *rows), dtype=torch.float32),
-    )
-
-
-@torch.library.register_fake("pybigmodel::attention_backward")
-def _attention_backward_fake(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    attn_mask: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op = "attention_backward"
-    need_mask = options[-1]
-    options = options[:-1]
-    check_attention(op, q, k, v, 4)
-    check_options(op, q, q.shape[0], q.shape[1], *options)
-    check_mask(op, attn_mask, q, k)
-    _check_gradients(op, grad_out, grad_lse, q, v, out, statistics, q.shape[:-1])
-    grad_mask = q.new_empty((0,))
-    if need_mask and attn_mask is not None:
-        grad_mask = attn_mask.new_empty(attn_mask.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_mask
-
-
-@torch.library.register_fake("pybigmodel::attention_varlen_backward")
-def _attention_varlen_backward_fake(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "attention_varlen_backward"
-    check_attention(op, q, k, v, 3)
-    check_starts(op, cu_seqlens_q, cu_seqlens_k)
-    check_options(op, q, cu_seqlens_q.shape[0] - 1, q.shape[1], *options)
-    _check_gradients(op, grad_out, grad_lse, q, v, out, statistics, (q.shape[1], q.shape[0]))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _check_gradients(
-    op: str,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    v: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    rows: tuple[int, ...],
-) -> None:
-    shape = (*q.shape[:-1], v.shape[-1])
-    optional: tuple[tuple[str, Tensor | None, Sequence[int]], ...] = (
-        ("statistics", statistics, (2, *rows)),
-        ("grad_lse", grad_lse, rows),
-    )
-    for name, tensor in (("grad_out", grad_out), ("out", out)):
-        check.check_same_device(op, name, tensor, q)
-        check.check_dtype(op, name, tensor, q.dtype)
-        check.check_shape(op, name, tensor, shape, f"must have shape {tuple(shape)}")
-    for name, given, size in optional:
-        if given is not None:
-            check.check_same_device(op, name, given, q)
-            check.check_dtype(op, name, given, torch.float32)
-            check.check_shape(op, name, given, size, f"must have shape {tuple(size)}")
-
-
-# --- autograd -----------------------------------------------------------------------------------
-
-
-class _Attention(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        # With statistics from which backward repeats the probabilities to the bit.
-        results: tuple[Tensor, Tensor, Tensor] = below_autograd(_attention, *args[:-1], True)
-        return results
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        out, _, statistics = output
-        ctx.save_for_backward(*inputs[:6], out, statistics)
-        ctx.mark_non_differentiable(statistics)
-        ctx.options = inputs[6:-1]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, slopes, seed, out, statistics = ctx.saved_tensors
-        grad_out, grad_lse, _ = grads
-        if grad_out is None:
-            if grad_lse is None:
-                return (None,) * 14
-            grad_out = torch.zeros_like(out)
-        need_q, need_k, need_v, need_mask, *_ = ctx.needs_input_grad
-        need_mask = need_mask and mask is not None
-        grad_q, grad_k, grad_v, grad_mask = _attention_backward(
-            grad_out,
-            grad_lse,
-            q,
-            k,
-            v,
-            out,
-            statistics,
-            mask,
-            slopes,
-            seed,
-            *ctx.options,
-            need_mask,
-        )
-        return (
-            grad_q if need_q else None,
-            grad_k if need_k else None,
-            grad_v if need_v else None,
-            grad_mask if need_mask else None,
-            *(None,) * 10,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise ForwardModeError("attention: forward-mode derivatives are not implemented")
-
-
-class _AttentionVarlen(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        results: tuple[Tensor, Tensor, Tensor] = below_autograd(_attention_varlen, *args)
-        return results
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        out, _, statistics = output
-        ctx.save_for_backward(*inputs[:7], out, statistics)
-        ctx.mark_non_differentiable(statistics)
-        ctx.options = inputs[7:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, starts_q, starts_k, slopes, seed, out, statistics = ctx.saved_tensors
-        grad_out, grad_lse, _ = grads
-        if grad_out is None:
-            if grad_lse is None:
-                return (None,) * 14
-            grad_out = torch.zeros_like(out)
-        gradients = _attention_varlen_backward(
-            grad_out,
-            grad_lse,
-            q,
-            k,
-            v,
-            out,
-            statistics,
-            starts_q,
-            starts_k,
-            slopes,
-            seed,
-            *ctx.options,
-        )
-        needed = zip(gradients, ctx.needs_input_grad, strict=False)
-        return (*(grad if need else None for grad, need in needed), *(None,) * 11)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise ForwardModeError("attention_varlen: forward-mode derivatives are not implemented")
-
-
-_library = torch.library.Library("pybigmodel", "IMPL")
-register_function(_library, _attention, _Attention)
-register_function(_library, _attention_varlen, _AttentionVarlen)
-register_function(
-    _library, _attention_backward, once_differentiable(_attention_backward, "attention")
-)
-register_function(
-    _library,
-    _attention_varlen_backward,
-    once_differentiable(_attention_varlen_backward, "attention_varlen"),
-)
-
-# --- autocast: a mask may stay float32 beside any dtype ------------------------------------------
-
-register_autocast("attention", (0, 1, 2))
-register_autocast("attention_varlen", (0, 1, 2))

@@ -111,7 +111,8 @@ Case random_case(Rng* rng) {
               DType::f32,
               mask_rows / a.batch * a.keys,
               per_head ? a.queries * a.keys : 0,
-              a.keys};
+              a.keys,
+              1};
   }
   return c;
 }

@@ -50,11 +50,11 @@ FEW = [choice for choice in MATRIX if "decode" in kernel_of(make(choice))]
 
 @pytest.mark.parametrize("choice", FEW, ids=map(name_of, FEW))
 def test_few_rows_for_backward(isa: str, choice: dict[str, Any]) -> None:
-    """Of the kernel that backward repeats."""
+    """Of the kernel that backward repeats. Few rows that see few keys: twice the factor."""
     case = make(choice)
     out, lse = both(case.leaves("q")[0])
     assert not _native.last_kernel().startswith("attention_decode")
-    check_forward(case, out.detach(), lse.detach())
+    check_forward(case, out.detach(), lse.detach(), luck=2)
 
 
 def check_together(cases: Iterable[Case]) -> None:

@@ -254,14 +254,15 @@ def test_dropout_is_that_of_the_forward_pass(isa: str, dtype: torch.dtype) -> No
     b, h, sq, sk = 2, 3, 40, 70
     q, k = torch.randn(b, h, sq, 16).to(dtype), torch.randn(b, h, sk, 16).to(dtype)
     v = torch.eye(sk, dtype=dtype).expand(b, h, sk, sk).clone().requires_grad_()
-    for seed in (5, None):
+    for seed in (5, 2**40 + 6, None):
         weights = ops.attention(q, k, v, dropout_p=0.4, dropout_seed=seed)
         eye = torch.eye(sq, sk, dtype=dtype).expand(b, h, sq, sk)
         (d_v,) = torch.autograd.grad(weights, v, eye)
         assert_exact(d_v[..., :sq].mT != 0, weights != 0)
-        case = Case(q, k, torch.randn(b, h, sk, 24).to(dtype))
-        case.options = {"dropout_p": 0.4, "dropout_seed": 5}
-        check_gradients(case, through_lse=True)
+        if seed is not None:
+            case = Case(q, k, torch.randn(b, h, sk, 24).to(dtype))
+            case.options = {"dropout_p": 0.4, "dropout_seed": seed}
+            check_gradients(case, through_lse=True)
 
 
 def test_all_dropped() -> None:
@@ -276,8 +277,7 @@ def test_huge_scores(isa: str, dtype: torch.dtype) -> None:
     """Weights of one key and of none: finite gradients, as exact as torch's."""
     case = make({"shape": (2, 4, 2, 40, 300, 16, 16), "dtype": dtype})
     loud = Case(case.q * 20, case.k * 20, case.v, {"causal": True})
-    got = gradients(ours, loud, seeds_of(loud, through_lse=True))
-    assert all(g.isfinite().all() for g in got)
+    check_gradients(loud, through_lse=True)
     check_gradients(Case(case.q * 3, case.k * 3, case.v, {"causal": True}), through_lse=True)
 
 

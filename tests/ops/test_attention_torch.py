@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pybigmodel import ops
 from pybigmodel.reference import attention as reference
@@ -162,6 +163,25 @@ def test_autocast(dtype: torch.dtype, grad: bool) -> None:
     assert ops.attention(q, k, v).dtype == F32  # and in fp32 again outside
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.bfloat16, torch.float16, F32, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_of_a_mask(dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
+    """One of the other half dtype takes autocast's; its gradient is its own dtype's."""
+    q, k, v = qkv(2, 4, 2, 20, 30, 16)
+    mask = torch.randn(20, 30).to(mask_dtype).requires_grad_(mask_dtype != torch.bool)
+    with torch.autocast("cpu", dtype=dtype):
+        out = ops.attention(q, k, v, attn_mask=mask)
+    kept = mask_dtype in (F32, torch.bool)
+    expected = ops.attention(
+        *(t.to(dtype) for t in (q, k, v)), attn_mask=mask if kept else mask.to(dtype)
+    )
+    assert_exact(out, expected)
+    if mask.requires_grad:
+        (got,), (other,) = (torch.autograd.grad(y.float().sum(), mask) for y in (out, expected))
+        assert got.dtype == mask_dtype
+        assert_exact(got, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_of_packed_sequences(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(10, h, 8) for h in (4, 2, 2))
@@ -228,6 +248,21 @@ def test_reverse_mode_is_torchs(transform: Callable[..., Any]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("transform", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_reverse_mode_of_packed_sequences(transform: Callable[..., Any]) -> None:
+    """(1, H, S, D) as one packed sequence."""
+    x = qkv(1, 2, 2, 5, 6, 8)
+    starts = torch.tensor([0, 5]), torch.tensor([0, 6])
+
+    def packed(*x: Tensor) -> Tensor:
+        rows = (t.squeeze(0).transpose(0, 1) for t in x)
+        out: Tensor = ops.attention_varlen(*rows, *starts, scale=0.4)  # type: ignore[assignment]
+        return out.transpose(0, 1).unsqueeze(0)
+
+    theirs = transform(lambda q, k, v: reference.attention(q, k, v, scale=0.4)[0], x)
+    torch.testing.assert_close(transform(packed, x), theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacfwd])
 def test_other_derivatives_are_refused(transform: Callable[..., Any]) -> None:
     q, k, v = qkv(1, 2, 2, 5, 6, 8)
@@ -253,3 +288,61 @@ def test_anomaly_mode_and_checkpointing() -> None:
             torch.autograd.grad(again.square().sum(), (q, k, v)), expected, strict=True
         ):
             assert_exact(a, b)
+
+
+# --- what torch counts, devices -------------------------------------------------------------------
+
+
+def flops(f: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return int(counter.get_total_flops())
+
+
+def test_flops_are_those_of_the_products() -> None:
+    q, k, v = (t.requires_grad_() for t in qkv(2, 4, 4, 9, 12, 16))
+    mask = torch.randn(9, 12)
+    starts = [torch.arange(3) * n for n in (9, 12)]
+    packed = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: q @ k.mT @ v,
+        lambda: ops.attention(q, k, v),
+        lambda: ops.attention(q, k, v, attn_mask=mask, causal=True),
+        lambda: ops.attention_varlen(*packed, *starts),
+        lambda: ops.attention_decode(
+            q.detach(), k.detach(), v.detach(), torch.full((2,), 12, dtype=torch.int32)
+        ),
+    )
+    forward = 2 * 2 * 4 * 9 * 12 * (16 + 16)
+    assert [flops(f) for f in calls] == [forward] * len(calls)
+    for f in calls[1:4]:
+        with torch.enable_grad():
+            assert flops(lambda f=f: f().sum().backward()) == forward + forward // 2 * 5  # type: ignore[misc]
+    mask.requires_grad_()
+    assert flops(lambda: calls[2]().sum().backward()) == forward + forward // 2 * 7
+    uneven = torch.tensor([0, 1, 18]), torch.tensor([0, 20, 24])
+    assert flops(lambda: ops.attention_varlen(*packed, *uneven)) == 2 * 4 * (20 + 17 * 4) * 32
+
+
+def test_a_default_device_that_has_no_data() -> None:
+    """The seed is a number, and is on the CPU whatever new tensors are."""
+    q, k, v = qkv(1, 2, 2, 5, 6, 8)
+    expected = ops.attention(q, k, v, dropout_p=0.5, dropout_seed=3)
+    with torch.device("meta"):
+        assert_exact(ops.attention(q, k, v, dropout_p=0.5, dropout_seed=3), expected)
+        assert ops.attention(q, k, v, dropout_p=0.5).device.type == "cpu"  # type: ignore[union-attr]
+        with pytest.raises(RuntimeError, match="attention: dropout_seed must be on the CPU"):
+            ops.attention(q, k, v, dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
+def test_the_ops_themselves_refuse_slopes_that_require_grad(name: str) -> None:
+    slopes = torch.rand(2, requires_grad=True)
+    options = (slopes, None, -1, -1, True, 0.0, 0.0, 1.0, 0)
+    with pytest.raises(RuntimeError, match=f"{name}: alibi_slopes requires grad"):
+        if name == "attention":
+            q = torch.randn(1, 2, 5, 8)
+            torch.ops.pybigmodel.attention(q, q, q, None, *options, False)
+        else:
+            q, starts = torch.randn(5, 2, 8), torch.tensor([0, 5])
+            torch.ops.pybigmodel.attention_varlen(q, q, q, starts, starts, *options)

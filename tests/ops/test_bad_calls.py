@@ -295,7 +295,11 @@ def bad_attention(op: str) -> list[Bad]:
         Bad(op, "softcap", -1.0, "-1"),
         Bad(op, "softcap", math.inf, "inf"),
         Bad(op, "softcap", math.nan, "nan"),
+        Bad(op, "softcap", 1e-50, "1e-50"),
+        Bad(op, "softcap", 1e39, "1e+39"),
         Bad(op, "scale", math.inf, "inf"),
+        Bad(op, "scale", 3e38, "3e+38"),
+        Bad(op, "scale", -1e300, "-1e+300"),
         Bad(op, "scale", math.nan, "nan"),
         Bad(op, "precision", 2, "2"),
         Bad(op, "precision", -1, "-1"),
@@ -433,9 +437,7 @@ def tensors_beside_input() -> list[Bad]:
         Bad(op, name, shapes.get(name, value), "meta")
         for op, arguments in GOOD.items()
         for name, value in arguments.items()
-        if name
-        not in ("input", "q", "query", "dropout_seed")  # a seed is a number: it stays on the CPU
-        and (isinstance(value, tuple) or name in shapes)
+        if name not in ("input", "q", "query") and (isinstance(value, tuple) or name in shapes)
         if not {"input", "q", "query"}.isdisjoint(arguments)
         or (op == "attention_append_" and name != "k")
     ]

@@ -24,6 +24,7 @@ struct AttentionMask {
   const void* data;
   DType dtype;  // of an additive mask
   int64_t batch, head, row;
+  int64_t col;  // 1, or 0 for one value for all keys
 };
 
 // Element (b, h, i, j) is kept if the upper 24 bits of word j mod 4 of Philox4x32-10 with counter (j/4, i, b·heads + h, 0)
@@ -79,14 +80,13 @@ struct AttentionBackwardItem {
   int64_t b, kv_head, begin, end, part;
 };
 
-// Keys [begin, end), at most kMaskBlockKeys, of the gradient of a mask that all these sequences and heads share.
-// The gradient of query i and key j is added to out[i·row + j].
-constexpr int64_t kMaskBlockKeys = 96;
+// Keys and queries of the gradient of a mask that all these sequences and heads share. The gradient of query i and key j is
+// added to out[i·row + j·col]. Items of a gradient are cut at multiples of these, and do not add to the same elements.
+constexpr int64_t kMaskBlockKeys = 96, kMaskChunkQueries = 128;
 struct AttentionMaskItem {
-  Range batch, head;
-  int64_t begin, end;
+  Range batch, head, queries, keys;
   float* out;
-  int64_t row;
+  int64_t row, col;
 };
 
 inline int64_t queries_of(const Attention& a, int64_t b) {

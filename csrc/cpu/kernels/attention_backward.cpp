@@ -4,163 +4,10 @@
 //
 // so that Pᵀ and dSᵀ come out as the rows that the next products read, and the row statistics lie along the lanes. dK and
 // dV stay in fp32 for all keys of an item; dQᵀ is complete after a chunk. δ_i = Σ_d dO_id·O_id − dlse_i.
-#include "common/scratch.h"
-#include "cpu/kernels/attention_rows.h"
-#include "cpu/kernels/attention_scores.h"
-#include "cpu/kernels/impl.h"
+#include "cpu/kernels/attention_backward_chunk.h"
 
 namespace pbm::PBM_TIER {
 namespace {
-
-constexpr int64_t kChunkQueries = 128;
-constexpr int64_t kBlockKeys = 96;    // even; a multiple of a strip's rows
-constexpr int64_t kPartialKeys = 48;  // of a block that not all queries see: the less is computed in vain. Divides it
-static_assert(kMaskBlockKeys <= kBlockKeys);
-constexpr int64_t kPitch = kChunkQueries + 16;
-
-struct Work {
-  char *q_t, *do_t;                  // panels of queries: Qᵀ, dOᵀ
-  char *q, *d_o;                     // panels of D and Dv: Q, dO
-  char *k, *v;                       // rows converted, where they cannot be read in place
-  char* k_t;                         // Kᵀ of each block: D rows of kBlockKeys
-  float *s, *dp;                     // kBlockKeys × kPitch: scores, and gradients of probabilities
-  char *p, *ds;                      // the same in the flavour's dtype; in fp32 they take their place
-  char* ds_panels;                   // dSᵀ as panels of queries
-  float* dq_t;                       // D × kPitch
-  float *dk, *dv;                    // keys × stride
-  float *max, *base, *inverse_sum, *delta;  // of the chunk; base: what exponents are relative to
-  float* slope_of_cap;               // kBlockKeys × kPitch
-};
-
-struct Backward {
-  const Attention& a;
-  const AttentionGradients& g;
-  const AttentionBackwardItem& item;
-  int64_t queries, keys, offset;
-  int64_t per_lane, size;                 // of the flavour: elements a lane, bytes an element
-  int64_t dk_stride, dv_stride;           // elements
-  int64_t k_stride, v_stride, kt_stride;  // bytes
-  int64_t q_groups, do_groups;            // of panels over queries
-  bool convert_k, convert_v;
-  Work w;
-};
-
-struct Chunk {
-  int64_t head;
-  Range i;
-  bool large = false;  // whether a row's maximum is so large that exponents are computed apart: see is_large
-};
-
-// Keys [j.begin, j.end) by columns [c.begin, c.end) of the chunk, multiples of 16.
-struct Tile {
-  Range j, c;
-};
-
-int64_t key_count(const Backward& f) { return f.item.end - f.item.begin; }
-
-Work carve(const Backward& f) {
-  const int64_t n = kChunkQueries, keys = key_count(f);
-  const int64_t block_groups = kBlockKeys / f.per_lane * kGroupBytes, chunk_groups = n / f.per_lane * kGroupBytes;
-  const int64_t scores = kBlockKeys * kPitch * 4;
-  const bool bf16 = f.a.flavour == Flavour::bf16;
-  Carver c;
-  const int64_t q_t = c.take(n / kPanel * f.q_groups * kGroupBytes),
-                do_t = c.take(n / kPanel * f.do_groups * kGroupBytes);
-  const int64_t q = c.take(f.dk_stride / kPanel * chunk_groups), d_o = c.take(f.dv_stride / kPanel * chunk_groups);
-  const int64_t k = c.take(f.convert_k ? keys * f.k_stride : 0), v = c.take(f.convert_v ? keys * f.v_stride : 0);
-  const int64_t k_t = c.take(ceil_div(keys, kBlockKeys) * f.a.d * f.kt_stride);
-  const int64_t s = c.take(scores), dp = c.take(scores);
-  const int64_t p = bf16 ? c.take(scores / 2) : s, ds = bf16 ? c.take(scores / 2) : dp;
-  const int64_t panels = c.take(n / kPanel * block_groups);
-  const int64_t dq_t = c.take(f.a.d * kPitch * 4);
-  const int64_t dk = c.take(keys * f.dk_stride * 4), dv = c.take(keys * f.dv_stride * 4);
-  const int64_t max = c.take(n * 4), base_at = c.take(n * 4), inverse = c.take(n * 4), delta = c.take(n * 4);
-  const int64_t cap = c.take(f.a.softcap != 0.f ? scores : 0);
-  char* base = static_cast<char*>(scratch(ScratchSlot::attention, c.bytes));
-  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
-  return {base + q_t, base + do_t, base + q,        base + d_o,    base + k,      base + v,     base + k_t,
-          floats(s),  floats(dp),  base + p,        base + ds,     base + panels, floats(dq_t), floats(dk),
-          floats(dv), floats(max), floats(base_at), floats(inverse), floats(delta), floats(cap)};
-}
-
-void convert(const Backward& f, const AttentionOperand& x, int64_t d, int64_t j, int64_t count, bool transposed,
-             char* out, int64_t stride) {
-  Gemm g{};
-  g.k = transposed ? count : d;
-  g.flavour = f.a.flavour;
-  g.a = key_row(f.a, x, f.item.b, f.item.kv_head, j);
-  g.a_dtype = x.dtype;
-  g.a_row = transposed ? 1 : x.row;
-  g.a_col = transposed ? x.row : 1;
-  convert_rows(g, 0, transposed ? d : count, out, stride);
-}
-
-char* block_transposed(const Backward& f, int64_t j) {
-  const int64_t at = j - f.item.begin;
-  return f.w.k_t + at / kBlockKeys * f.a.d * f.kt_stride + at % kBlockKeys * f.size;
-}
-
-void prepare_keys(const Backward& f) {
-  const int64_t keys = key_count(f);
-  if (f.convert_k) convert(f, f.a.k, f.a.d, f.item.begin, keys, false, f.w.k, f.k_stride);
-  if (f.convert_v) convert(f, f.a.v, f.a.dv, f.item.begin, keys, false, f.w.v, f.v_stride);
-  for (int64_t j = f.item.begin; j < f.item.end; j += kBlockKeys)
-    convert(f, f.a.k, f.a.d, j, min64(kBlockKeys, f.item.end - j), true, block_transposed(f, j), f.kt_stride);
-  std::memset(f.w.dk, 0, keys * f.dk_stride * 4);
-  std::memset(f.w.dv, 0, keys * f.dv_stride * 4);
-}
-
-// What a chunk's statistics are to the lanes: queries that do not exist, or see nothing, have P = 0.
-void prepare_statistics(const Backward& f, Chunk* chunk) {
-  const Chunk& c = *chunk;
-  const Attention& a = f.a;
-  const int64_t first = row_index(a, f.item.b, c.head, c.i.begin);
-  for (int64_t x = 0; x < kChunkQueries; x++) {
-    const int64_t i = c.i.begin + x;
-    const bool sees = i < c.i.end && f.g.inverse_sum[first + x] != 0.f;
-    f.w.max[x] = sees ? f.g.max[first + x] : 0.f;
-    f.w.base[x] = sees ? f.w.max[x] * score_factor(a) : INFINITY;
-    chunk->large = chunk->large || (sees && is_large(f.w.base[x]));
-    f.w.inverse_sum[x] = sees ? f.g.inverse_sum[first + x] : 0.f;
-    f.w.delta[x] = 0.f;
-    if (!sees) continue;
-    const char* out = query_row(a, f.g.out, f.item.b, c.head, i);
-    const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, i);
-    Vec sum = zero();
-    with_float_dtype(f.g.out.dtype, [&]<DType T>() {
-      for (int64_t d = 0; d < a.dv; d += kWidth) {
-        const int n = static_cast<int>(min64(kWidth, a.dv - d));
-        sum = fmadd(load16_n<T>(out, d, n), load16_n<T>(d_out, d, n), sum);
-      }
-    });
-    f.w.delta[x] = reduce_add(sum) - (f.g.d_lse ? f.g.d_lse[first + x] : 0.f);
-  }
-  for (int64_t x = 0; chunk->large && x < kChunkQueries; x++)  // subtract_max has subtracted it
-    if (f.w.inverse_sum[x] != 0.f) f.w.base[x] = 0.f;
-}
-
-void prepare_chunk(const Backward& f, Chunk* chunk) {
-  const Chunk& c = *chunk;
-  const Attention& a = f.a;
-  const int64_t n = c.i.end - c.i.begin;
-  const char* q = query_row(a, a.q, f.item.b, c.head, c.i.begin);
-  const char* d_out = query_row(a, f.g.d_out, f.item.b, c.head, c.i.begin);
-  const char* out = query_row(a, f.g.out, f.item.b, c.head, c.i.begin);
-  const int64_t size = size_of(a.q.dtype), q_row = a.q.row * size, do_row = f.g.d_out.row * size,
-                out_row = f.g.out.row * size;
-  const PackB q_t = {n, a.d, a.flavour, q, a.q.dtype, 1, a.q.row, false, f.w.q_t};
-  for (int64_t p = 0; p < ceil_div(n, kPanel); p++) {
-    const int64_t now = p * kPanel, next = now + kPanel, rows = min64(kPanel, n - now);
-    if (next < n) fetch_rows<3>(q + next * q_row, min64(kPanel, n - next), q_row, a.d * size);
-    fetch_rows<2>(d_out + now * do_row, rows, do_row, a.dv * size);
-    fetch_rows<2>(out + now * out_row, rows, out_row, a.dv * size);
-    pack_b(q_t, p, p + 1);
-  }
-  pack_b({n, a.dv, a.flavour, d_out, f.g.d_out.dtype, 1, f.g.d_out.row, false, f.w.do_t}, 0, ceil_div(n, kPanel));
-  pack_b({a.d, n, a.flavour, q, a.q.dtype, a.q.row, 1, false, f.w.q}, 0, ceil_div(a.d, kPanel));
-  pack_b({a.dv, n, a.flavour, d_out, f.g.d_out.dtype, f.g.d_out.row, 1, false, f.w.d_o}, 0, ceil_div(a.dv, kPanel));
-  prepare_statistics(f, chunk);
-}
 
 // --- scores ----------------------------------------------------------------------------------------------------------
 
@@ -188,8 +35,7 @@ void mask_transposed(const Backward& f, const Chunk& c, int64_t x, int64_t j, IV
   const int n = static_cast<int>(min64(kWidth, f.keys - j));
   for (int64_t l = 0; l < 16; l++) {
     const int64_t i = min64(c.i.begin + x + l, c.i.end - 1);
-    const int64_t at = f.item.b * m.batch + c.head * m.head + i * m.row + j;
-    r[l] = as_int(mask_at_n(m, at, n));
+    r[l] = as_int(mask_at_n(m, f.item.b * m.batch + c.head * m.head + i * m.row, j, n));
   }
   transpose16(r);
 }
@@ -206,7 +52,7 @@ void adjust_scores(const Backward& f, const Chunk& c, const Tile& t, float* slop
         float* at = f.w.s + (j - t.j.begin) * kPitch + x;
         Vec s = load(at);
         if (a.softcap != 0.f) {
-          const Vec tanh = vtanh(mul(s, set1(a.scale / a.softcap)));
+          const Vec tanh = vtanh(mul(s, set1(cap_factor(a.scale, a.softcap))));
           s = mul(tanh, set1(a.softcap));
           store(slope_of_cap + (j - t.j.begin) * kPitch + x, sub(set1(1.f), mul(tanh, tanh)));
         } else {
@@ -222,28 +68,32 @@ void adjust_scores(const Backward& f, const Chunk& c, const Tile& t, float* slop
     }
 }
 
-// Factors of dropout for one key and sixteen queries; four keys in a row share their random numbers.
+// Factors of dropout for one key and sixteen queries. Four keys in a row share their random numbers, which are kept for
+// every column until the next four come.
 class Keep {
  public:
   Keep(const Backward& f, const Chunk& c) : f_(f), c_(c) {}
 
   Vec at(int64_t j, int64_t x) {
-    if (counter_ != j / 4 || column_ != x) {
-      counter_ = j / 4;
-      column_ = x;
-      words_[0] = iset1(static_cast<int32_t>(counter_));
-      words_[1] = iadd(to_int(iota()), iset1(static_cast<int32_t>(c_.i.begin + x)));
-      words_[2] = iset1(static_cast<int32_t>(f_.item.b * f_.a.heads + c_.head));
-      philox4x32(words_, f_.a.dropout.seed);
+    Column& column = columns_[x / kWidth];
+    if (column.counter != j / 4) {
+      column.counter = j / 4;
+      column.words[0] = iset1(static_cast<int32_t>(column.counter));
+      column.words[1] = iadd(to_int(iota()), iset1(static_cast<int32_t>(c_.i.begin + x)));
+      column.words[2] = iset1(static_cast<int32_t>(f_.item.b * f_.a.heads + c_.head));
+      philox4x32(column.words, f_.a.dropout.seed);
     }
-    return kept(words_[j % 4], f_.a.dropout.threshold, f_.a.dropout.factor);
+    return kept(column.words[j % 4], f_.a.dropout.threshold, f_.a.dropout.factor);
   }
 
  private:
+  struct Column {
+    IVec words[4];
+    int64_t counter = -1;
+  };
   const Backward& f_;
   const Chunk& c_;
-  IVec words_[4];
-  int64_t counter_ = -1, column_ = -1;
+  Column columns_[kChunkQueries / kWidth];
 };
 
 // Two keys' sixteen values each to their rows, and to their panel if there is one.
@@ -324,8 +174,12 @@ void add_to_mask(const Backward& f, const Chunk& c, const Tile& t, float factor,
                      : izero();
       transpose16(r);
       for (int64_t l = 0; l < min64(16, c.i.end - c.i.begin - x); l++) {
-        float* to = item.out + (c.i.begin + x + l) * item.row + j;
-        store_n(to, add(load_n(to, n), as_float(r[l])), n);
+        float* to = item.out + (c.i.begin + x + l) * item.row + j * item.col;
+        if (item.col == 0) {
+          *to += reduce_add(as_float(r[l]));
+        } else {
+          store_n(to, add(load_n(to, n), as_float(r[l])), n);
+        }
       }
     }
 }
@@ -372,6 +226,8 @@ float scores(const Backward& f, const Chunk& c, const Tile& t, float* slope_of_c
   const bool plain = plain_scores(a);
   if (!plain) adjust_scores(f, c, t, slope_of_cap);
   hide(f, c, t);
+  for (int64_t r = 0; f.bad_k && a.softcap != 0.f && r < rows; r++)  // as clean_keys does
+    if (!is_finite_key(f, t.j.begin + r)) std::memset(slope_of_cap + r * kPitch, 0, kPitch * 4);
   if (rows % 2) {  // what is written in pairs has a partner without weight
     for (int64_t x = t.c.begin; x < t.c.end; x++) {
       f.w.s[rows * kPitch + x] = kHidden;
@@ -452,6 +308,8 @@ void finish_keys(const Backward& f, const AttentionOperand& x, const float* from
 Backward backward(const Attention& a, const AttentionGradients& g, const AttentionBackwardItem& item) {
   const int64_t per_lane = k_per_lane(a.flavour), queries = queries_of(a, item.b), keys = keys_of(a, item.b);
   const DType native = a.flavour == Flavour::f32 ? DType::f32 : DType::bf16;
+  const bool bad_k = !are_finite(a, a.k, item, {item.begin, item.end}, a.d),
+             bad_v = !are_finite(a, a.v, item, {item.begin, item.end}, a.dv);
   return {a,
           g,
           item,
@@ -468,13 +326,16 @@ Backward backward(const Attention& a, const AttentionGradients& g, const Attenti
           panel_groups(a.d, a.flavour),
           panel_groups(a.dv, a.flavour),
           a.k.dtype != native,
-          a.v.dtype != native,
+          a.v.dtype != native || bad_v,
+          bad_k,
+          bad_v,
           {}};
 }
 
 template <class Body>
-void for_each_chunk(const Backward& f, int64_t head, const Body& body) {
-  for (int64_t i = 0; i < f.queries; i += kChunkQueries) body(Chunk{head, {i, min64(i + kChunkQueries, f.queries)}});
+void for_each_chunk(const Backward& f, int64_t head, Range queries, const Body& body) {
+  for (int64_t i = queries.begin; i < min64(queries.end, f.queries); i += kChunkQueries)
+    body(Chunk{head, {i, min64(i + kChunkQueries, f.queries)}});
 }
 
 }  // namespace
@@ -485,7 +346,7 @@ void attention_backward(const Attention& a, const AttentionGradients& g, const A
   prepare_keys(f);
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t h = item.kv_head * group; h < (item.kv_head + 1) * group; h++)
-    for_each_chunk(f, h, [&](Chunk c) {
+    for_each_chunk(f, h, {0, f.queries}, [&](Chunk c) {
       std::memset(f.w.dq_t, 0, a.d * kPitch * 4);
       bool prepared = false;
       for (Tile t{{item.begin, 0}, {}}; t.j.begin < item.end; t.j.begin = t.j.end) {
@@ -503,21 +364,23 @@ void attention_backward(const Attention& a, const AttentionGradients& g, const A
 }
 
 void attention_mask_gradient(const Attention& a, const AttentionGradients& g, const AttentionMaskItem& item) {
+  const int64_t group = a.heads / a.kv_heads;
   for (int64_t b = item.batch.begin; b < item.batch.end; b++)
-    for (int64_t h = item.head.begin; h < item.head.end; h++) {
-      const AttentionBackwardItem keys = {b, h / (a.heads / a.kv_heads), item.begin, item.end, 0};
-      Backward f = backward(a, g, keys);
-      f.w = carve(f);
-      prepare_keys(f);
-      for_each_chunk(f, h, [&](Chunk c) {
-        Tile t{{item.begin, item.end}, {}};
-        t.c = columns_of(f, c, t.j);
-        if (t.c.begin >= t.c.end) return;
-        prepare_chunk(f, &c);
-        const float factor = scores(f, c, t, f.w.slope_of_cap);
-        with_variant(a, [&]<Flavour F, bool Dropped>() { add_to_mask<F, Dropped>(f, c, t, factor, item); });
-      });
-    }
+    for (int64_t h = item.head.begin; h < item.head.end; h++)
+      for (int64_t j = item.keys.begin; j < item.keys.end; j += kBlockKeys) {
+        const AttentionBackwardItem keys = {b, h / group, j, min64(j + kBlockKeys, item.keys.end), 0};
+        Backward f = backward(a, g, keys);
+        f.w = carve(f);
+        prepare_keys(f);
+        for_each_chunk(f, h, item.queries, [&](Chunk c) {
+          Tile t{{keys.begin, keys.end}, {}};
+          t.c = columns_of(f, c, t.j);
+          if (t.c.begin >= t.c.end) return;
+          prepare_chunk(f, &c);
+          const float factor = scores(f, c, t, f.w.slope_of_cap);
+          with_variant(a, [&]<Flavour F, bool Dropped>() { add_to_mask<F, Dropped>(f, c, t, factor, item); });
+        });
+      }
 }
 
 }  // namespace pbm::PBM_TIER

@@ -15,9 +15,6 @@ constexpr int64_t kScoreKeys = 16;           // keys that pass by all rows at on
 constexpr int64_t kValueBytes = 8192;        // of values that stay in L1 while all rows and columns pass by
 constexpr int64_t kAheadBytes = 8192;        // how far ahead keys are fetched
 
-PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-PBM_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // One item's working memory; every array has room for the padded rows.
 struct Work {
   char* q;                   // rows of kQueryBytes
@@ -246,9 +243,9 @@ Vec adjust_scores(const Part& f, int64_t r, const Seen& seen) {
   float* row = f.w.scores + r * kPitch;
   const int64_t head = f.item.kv_head * (a.heads / a.kv_heads) + r / a.queries, i = r % a.queries;
   const float unit = s8 ? a.scale * f.w.q_scale[r] : a.scale;
-  const Vec inner = set1(a.softcap == 0.f ? unit : unit / a.softcap), outer = set1(a.softcap);
+  const Vec inner = set1(a.softcap == 0.f ? unit : cap_factor(unit, a.softcap)), outer = set1(a.softcap);
   const Vec slope = set1(a.slopes ? -a.slopes[f.item.b * a.slopes_batch + head] : 0.f);
-  const int64_t mask = f.item.b * a.mask.batch + head * a.mask.head + i * a.mask.row + f.item.keys.begin;
+  const int64_t mask = f.item.b * a.mask.batch + head * a.mask.head + i * a.mask.row;
   const float at = static_cast<float>(f.item.keys.begin - i - (a.bottom_right ? f.item.length - a.queries : 0));
   Vec largest = set1(kHidden);
   int64_t j = seen.lo;
@@ -257,7 +254,7 @@ Vec adjust_scores(const Part& f, int64_t r, const Seen& seen) {
     if (s8) x = mul(x, load(f.w.k_scale + j));
     if (a.softcap != 0.f) x = mul(vtanh(x), outer);
     if (a.mask.kind != MaskKind::none)
-      x = add_mask(x, mask_at_n(a.mask, mask + j, static_cast<int>(min64(kWidth, f.keys - j))));
+      x = add_mask(x, mask_at_n(a.mask, mask, f.item.keys.begin + j, static_cast<int>(min64(kWidth, f.keys - j))));
     if (a.slopes) x = fmadd(vabs(add(iota(), set1(at + static_cast<float>(j)))), slope, x);
     store(row + j, x);
     if (j + kWidth <= seen.hi) largest = vmax(x, largest);

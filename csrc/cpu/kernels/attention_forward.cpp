@@ -103,18 +103,18 @@ void adjust_scores(const Forward& f, const Strip& s, int64_t j0) {
   for (int r = 0; r < s.rows; r++) {
     float* row = s.scores + r * f.pitch;
     const int64_t i = s.i + r;
-    const int64_t mask_row = f.item.b * a.mask.batch + s.head * a.mask.head + i * a.mask.row + j0;
+    const int64_t mask_row = f.item.b * a.mask.batch + s.head * a.mask.head + i * a.mask.row;
     const float relative = static_cast<float>(j0 - i - offset);
     for (int64_t j = s.columns.begin; j < s.columns.end; j += kWidth) {
       Vec x = load(row + j);
       if (a.softcap != 0.f) {
-        x = mul(vtanh(mul(x, set1(a.scale / a.softcap))), set1(a.softcap));
+        x = mul(vtanh(mul(x, set1(cap_factor(a.scale, a.softcap)))), set1(a.softcap));
       } else {
         x = mul(x, set1(a.scale));
       }
       if (a.mask.kind != MaskKind::none) {
         const int64_t left = f.keys - j0 - j;
-        if (left > 0) x = add_mask(x, mask_at_n(a.mask, mask_row + j, static_cast<int>(min64(left, kWidth))));
+        if (left > 0) x = add_mask(x, mask_at_n(a.mask, mask_row, j0 + j, static_cast<int>(min64(left, kWidth))));
       }
       if (a.slopes) {
         const Vec distance = vabs(add(iota(), set1(relative + static_cast<float>(j))));
@@ -311,9 +311,9 @@ Range columns_of(const Forward& f, const Strip& s, Range block) {
   const auto hidden = [&](int64_t j) {
     const int n = static_cast<int>(min64(kWidth, f.keys - block.begin - j));
     for (int r = 0; r < (m.row ? s.rows : 1); r++) {
-      const int64_t at = f.item.b * m.batch + s.head * m.head + (s.i + r) * m.row + block.begin + j;
+      const int64_t row = f.item.b * m.batch + s.head * m.head + (s.i + r) * m.row;
       alignas(64) float x[16];
-      store(x, mask_at_n(m, at, n));
+      store(x, mask_at_n(m, row, block.begin + j, n));
       for (int l = 0; l < n; l++)
         if (x[l] != kHidden) return false;
     }

@@ -7,8 +7,6 @@
 
 namespace pbm::PBM_TIER {
 
-PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-PBM_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 PBM_INLINE int64_t round_up(int64_t a, int64_t unit) { return ceil_div(a, unit) * unit; }
 
 // A row of `k` elements in the flavour's dtype, in whole cache lines.

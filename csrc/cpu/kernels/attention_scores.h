@@ -39,16 +39,13 @@ PBM_INLINE float score_factor(const Attention& a) { return score_unit(a) * kLog2
 // huge scores it leaves the range of floats: rows with such a base take 2^((score − max)·factor), which is as good.
 constexpr float kLargeBase = 0x1p22f;
 PBM_INLINE bool is_large(float base) { return !(__builtin_fabsf(base) < kLargeBase); }  // NaN and infinity are
-PBM_INLINE Vec where_large(Vec base, Vec a, Vec b) {
-  return where_negative(sub(vabs(base), set1(kLargeBase)), b, a);
-}
+PBM_INLINE Vec where_large(Vec base, Vec a, Vec b) { return where_negative(sub(vabs(base), set1(kLargeBase)), b, a); }
 
 // The exponent of what turns weights relative to the maximum `from` to such relative to `to`, which is not −∞.
 PBM_INLINE Vec rescaling(Vec from, Vec to, Vec factor) {
   const Vec base = mul(from, factor), to_base = mul(to, factor);
   const Vec small = where_large(base, fmadd(from, factor, sub(zero(), to_base)), sub(base, to_base));
-  const Vec large =
-      where_large(base, mul(sub(from, to), factor), sub(zero(), fmadd(to, factor, sub(zero(), base))));
+  const Vec large = where_large(base, mul(sub(from, to), factor), sub(zero(), fmadd(to, factor, sub(zero(), base))));
   return where_large(to_base, large, small);
 }
 
@@ -58,6 +55,12 @@ PBM_INLINE Vec log_sum_exp(const Attention& a, Vec max, Vec sum) {
   const Vec small = mul(add(base, log2), set1(kLn2));
   const Vec large = fmadd(max, set1(score_unit(a)), mul(log2, set1(kLn2)));
   return where_hidden(max, add(max, log2), where_large(base, large, small));  // NaN stays
+}
+
+// What a product is multiplied with before tanh: finite, so that 0 stays 0.
+PBM_INLINE float cap_factor(float scale, float softcap) {
+  constexpr float kMost = 0x1.fffffep127f;
+  return __builtin_fminf(__builtin_fmaxf(scale / softcap, -kMost), kMost);
 }
 
 // --- masks -----------------------------------------------------------------------------------------------------------
@@ -74,14 +77,18 @@ PBM_INLINE Vec mask_at(const AttentionMask& m, int64_t at) {
 // Hidden is hidden, whatever the score is.
 PBM_INLINE Vec add_mask(Vec score, Vec mask) { return where_hidden(mask, mask, add(score, mask)); }
 
-PBM_INLINE Vec mask_at_n(const AttentionMask& m, int64_t at, int n) {
-  if (n >= 16) return mask_at(m, at);
+// The same for n keys from j on, of the row whose element for key 0 is at `row`.
+PBM_INLINE Vec mask_at_n(const AttentionMask& m, int64_t row, int64_t j, int n) {
+  if (m.col != 0 && n >= 16) return mask_at(m, row + j);
   alignas(64) char buffer[64] = {};
   const int64_t size = m.kind == MaskKind::boolean ? 1 : size_of(m.dtype);
-  std::memcpy(buffer, static_cast<const char*>(m.data) + at * size, n * size);
+  std::memcpy(buffer, static_cast<const char*>(m.data) + (row + j * m.col) * size, (m.col ? n : 1) * size);
   AttentionMask copy = m;
   copy.data = buffer;
-  return mask_at(copy, 0);
+  if (m.col != 0) return mask_at(copy, 0);
+  alignas(64) float value[16];
+  store(value, mask_at(copy, 0));
+  return set1(value[0]);
 }
 
 }  // namespace pbm::PBM_TIER

@@ -22,9 +22,6 @@ constexpr int64_t kPanelBytes = int64_t{128} << 10;
 // Accumulators that are kept between parts of k.
 constexpr int64_t kAccumulatorBytes = int64_t{2} << 20;
 
-int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 int64_t rows_per_row(const Gemm& g) { return g.prepare == APrepare::digits ? 3 : 1; }
 
 // Equal chunks of `rows` rows: of so many as stay in L2 while panels pass by, if these are worth reading B again.

@@ -17,6 +17,8 @@ constexpr TileShape kTile = {8, 3, 6, 4, 4};
 // once, since in registers it would be 12 of a step's 66 instructions.
 constexpr TileShape kTile = {6, 1, 3, 2, PBM_TIER_LEVEL == 1 ? 8 : 4};
 #endif
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t lane_bytes(Flavour f) { return f == Flavour::u8s8 ? kTile.u8_lane_bytes : 4; }
 
 void brgemm(const Brgemm& p, Flavour flavour, int rows, int panels);

@@ -8,8 +8,6 @@ namespace {
 // Bytes that a column is fetched ahead: sixteen columns are more streams than the hardware's prefetchers follow.
 constexpr int64_t kPrefetch = 512;
 
-PBM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // `count` consecutive elements from `base[i...]`, at most one register of lanes (16, 32 or 64 by flavour), zero-padded.
 template <Flavour F, DType T>
 PBM_INLINE IVec lanes_from(const void* base, int64_t i, int64_t count) {

@@ -13,10 +13,12 @@ constexpr int64_t kBlockBytes = int64_t{256} << 10;
 constexpr int64_t kMostKeys = 512;
 // Strips take turns, so that no step waits for the one before it to leave the pipeline.
 constexpr int kTurns = 2;
-// Independent of the item, the batch and the threads, so that a row's result is too.
+// Independent of the item, the batch and the threads, so that a row's result is too. Of a narrow window little of a block is in
+// use at a time, and fewer strips see two of them if they are long.
 int64_t block_keys(const Attention& a) {
   const int64_t bytes = (a.d + a.dv) * 4 / k_per_lane(a.flavour);
-  return max64(min64(kBlockBytes / max64(bytes, 1), kMostKeys) / 64 * 64, 64);
+  const int64_t times = a.left >= 0 && a.right >= 0 && a.left + a.right < kMostKeys ? 2 : 1;
+  return max64(min64(times * kBlockBytes / max64(bytes, 1), times * kMostKeys) / 64 * 64, 64);
 }
 
 // One item's working memory.
@@ -324,17 +326,33 @@ Range columns_of(const Forward& f, const Strip& s, Range block) {
   return c;
 }
 
+// Queries that see keys of a block, if not more.
+Range queries_seeing(const Forward& f, Range block) {
+  const int64_t offset = f.a.bottom_right ? f.keys - f.queries : 0;
+  return {f.a.right < 0 ? 0 : block.begin - offset - f.a.right,
+          f.a.left < 0 ? f.queries : block.end - offset + f.a.left};
+}
+
+// Strips with rows of these queries: a head's rows are cut into strips whatever is seen, so that results do not depend on it.
+template <class F>
+void for_each_strip(const Forward& f, Range queries, const F& body) {
+  for (int64_t row = f.item.begin; row < f.item.end;) {
+    const int64_t i = row % f.queries, rows = min64(f.item.end - row, f.queries - i);
+    const int64_t strips = ceil_div(rows, kStrip), height = rows / strips, higher = rows % strips;
+    const int64_t head = f.item.kv_head * f.group + row / f.queries;
+    for (int64_t n = max64(queries.begin - i, 0) / (height + 1); n < strips; n++) {
+      const int64_t at = n * height + min64(n, higher);  // the first `higher` strips have a row more
+      if (i + at >= queries.end) break;
+      const int count = static_cast<int>(height + (n < higher));
+      body(Strip{row - f.item.begin + at, head, i + at, count, {0, 0}, nullptr, nullptr, nullptr});
+    }
+    row += rows;
+  }
+}
+
 template <class F>
 void for_each_strip(const Forward& f, const F& body) {
-  for (int64_t row = f.item.begin; row < f.item.end;) {
-    const int64_t i = row % f.queries;
-    const int64_t last = min64(f.item.end, row - i + f.queries);
-    const int64_t strips = ceil_div(last - row, kStrip);
-    Strip s{row - f.item.begin, f.item.kv_head * f.group + row / f.queries, i, 0, {0, 0}, nullptr, nullptr, nullptr};
-    s.rows = static_cast<int>(ceil_div(last - row, strips));
-    body(s);
-    row += s.rows;
-  }
+  for_each_strip(f, {0, f.queries}, body);
 }
 
 // --- results -----------------------------------------------------------------------------------------------------------
@@ -415,7 +433,7 @@ void attention_forward(const Attention& a, const AttentionItem& item) {
                                   : attend<Flavour::bf16>(f, turn, count, block);
       count = 0;
     };
-    for_each_strip(f, [&](Strip s) {
+    for_each_strip(f, queries_seeing(f, block), [&](Strip s) {
       s.columns = columns_of(f, s, block);
       if (s.columns.begin >= s.columns.end) return;
       if (!packed) pack_block(f, block);

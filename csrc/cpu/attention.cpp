@@ -53,9 +53,11 @@ Results attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::
   AttentionProblem p = attention_problem("attention", q, k, v,
                                          {attn_mask, alibi_slopes, dropout_seed, window_left, window_right,
                                           bottom_right, softcap, dropout_p, scale, precision});
-  const int64_t sizes[4] = {p.a.batch, p.a.heads, p.a.queries, p.a.dv};
-  const int64_t statistics[4] = {2, sizes[0], sizes[1], sizes[2]};
-  return run(std::move(p), for_backward, empty_cpu(sizes, 4, q.scalar_type()), empty_cpu(sizes, 3, ScalarType::Float),
+  // A query's heads side by side, as the next projection wants them: joining them copies nothing.
+  const int64_t sizes[4] = {p.a.batch, p.a.queries, p.a.heads, p.a.dv};
+  const int64_t statistics[4] = {2, p.a.batch, p.a.heads, p.a.queries};
+  Tensor out = torch::stable::transpose(empty_cpu(sizes, 4, q.scalar_type()), 1, 2);
+  return run(std::move(p), for_backward, std::move(out), empty_cpu(statistics + 1, 3, ScalarType::Float),
              empty_cpu(statistics, 4, ScalarType::Float));
 }
 

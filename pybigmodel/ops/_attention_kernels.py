@@ -37,7 +37,9 @@ def _attention_fake(
     check_attention(op, q, k, v, 4)
     check_options(op, q, q.shape[0], q.shape[1], *options)
     check_mask(op, attn_mask, q, k)
-    return _empty_results(q, v, q.shape[:-1])
+    _, lse, statistics = _empty_results(q, v, q.shape[:-1])
+    b, h, rows, _ = q.shape
+    return q.new_empty((b, rows, h, v.shape[-1])).transpose(1, 2), lse, statistics
 
 
 @torch.library.register_fake("pybigmodel::attention_varlen")

@@ -129,6 +129,14 @@ def test_fused_projection(isa: str, dtype: torch.dtype) -> None:
         assert_exact(a, b)
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+def test_joining_the_heads_copies_nothing(rows: int) -> None:
+    for layout in ("contiguous", "bshd"):
+        case = make({"shape": (2, 5, 5, rows, 30, 16, 24), "dtype": FLOATS[0], "layout": layout})
+        for one in (case, case.leaves("q")[0]):
+            assert both(one)[0].transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_expanded(isa: str, dtype: torch.dtype) -> None:
     """Stride 0 in any dimension of any tensor."""

@@ -6,6 +6,7 @@ from pybigmodel import _library as _library  # first: loads the ops
 from pybigmodel import integrations as integrations
 from pybigmodel import nn as nn
 from pybigmodel import ops as ops
+from pybigmodel import reference as reference
 from pybigmodel import testing as testing
 from pybigmodel._configure import configure as configure
 from pybigmodel.integrations import sdpa as sdpa

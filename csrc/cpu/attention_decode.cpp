@@ -290,6 +290,13 @@ void check_new_tokens(const char* op, const char* name, const Tensor& t, const c
       ") to go into ", cache_name, ", got ", shape_of(t));
 }
 
+void check_written(const char* op, const char* name, const Tensor& t) {
+  for (int64_t i = 0; i < t.dim(); i++)
+    STD_TORCH_CHECK(t.stride(i) != 0 || t.size(i) <= 1, op, ": ", name,
+                    " is written, and must have a place for each element; got stride 0 in dimension ", i, " of shape ",
+                    shape_of(t));
+}
+
 void attention_append_(const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& k_scale,
                        const std::optional<Tensor>& v_scale, const Tensor& k, const Tensor& v,
                        const Tensor& cache_seqlens, const std::optional<Tensor>& block_table) {
@@ -298,6 +305,10 @@ void attention_append_(const Tensor& k_cache, const Tensor& v_cache, const std::
   check_caches(op, "k", k, caches, cache_seqlens);
   check_new_tokens(op, "k", k, "k_cache", k_cache, k);
   check_new_tokens(op, "v", v, "v_cache", v_cache, k);
+  check_written(op, "k_cache", k_cache);
+  check_written(op, "v_cache", v_cache);
+  if (k_scale) check_written(op, "k_scale", *k_scale);
+  if (v_scale) check_written(op, "v_scale", *v_scale);
   const Slots slots = slots_of(op, caches, cache_seqlens, k.size(2));
   for (const auto& [x, cache, scale] :
        {std::tuple<const Tensor&, const Tensor&, const std::optional<Tensor>&>{k, k_cache, k_scale},

@@ -184,6 +184,8 @@ def sdpa(enabled: bool = True, *, precision: Precision | None = None) -> Iterato
         enabled: False is torch's own.
         precision: of the products, as for the op: "bf16" computes float32 tensors in bfloat16.
     """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"sdpa: enabled must be a bool, got {enabled!r}; precision goes by name")
     setting = _setting(enabled, precision)
     _kernels.enter()
     try:

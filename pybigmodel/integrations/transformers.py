@@ -29,10 +29,10 @@ def register_transformers(name: str = "pybigmodel", *, precision: Precision | No
     take (float64, other devices, head dimensions above 256) goes to "sdpa", and
     :func:`pybigmodel.integrations.left_to_torch` counts it.
 
-    Attention weights do not exist: ``output_attentions=True`` raises, and so do attention sinks
-    (gpt-oss), paged caches of continuous batching, and whatever else a model gives its attention
-    that would change the result, as the indices of sparse attention (DeepSeek V3.2); "eager" has
-    them.
+    Attention weights do not exist: ``output_attentions=True`` raises where the model hands it on
+    (GPT-2 returns none, as with "sdpa"), and so do attention sinks (gpt-oss), paged caches of
+    continuous batching, and whatever else a model gives its attention that would change the
+    result, as the indices of sparse attention (DeepSeek V3.2); "eager" has them.
 
     Models of transformers that compute attention by themselves do not ask for any (Falcon, BLOOM,
     GPT-J, MPT and DeBERTa, as of 5.23): they run as before.

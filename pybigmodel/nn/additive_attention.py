@@ -130,7 +130,7 @@ class AdditiveAttention(torch.nn.Module):
         self._check("query", query, ("query_dim", self.query_dim))
         self._check("projected_key", projected_key, ("hidden_dim", self.hidden_dim))
         self._check("value", value)
-        b, sq, sk = len(query), query.shape[1], projected_key.shape[1]
+        b, sq, sk = query.shape[0], query.shape[1], projected_key.shape[1]
         _check_rows(projected_key, value, b)
         if key_padding_mask is not None:
             check_mask(NAME, "key_padding_mask", key_padding_mask, (b, sk))

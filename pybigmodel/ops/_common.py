@@ -33,12 +33,14 @@ def precision_code(precision: str) -> int:
 
 def refuse_derivative(op: str, **tensors: Tensor | None) -> None:
     """For an op of inference while derivatives are recorded: none may silently end in it."""
+    other = "attention" if op.startswith("attention") else "linear"
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     f"{op}: {name} requires grad, and this op has no gradient: call it under "
-                    "torch.no_grad(), or detach the tensor; pybigmodel.ops.linear is differentiable"
+                    f"torch.no_grad(), or detach the tensor; pybigmodel.ops.{other} is "
+                    "differentiable"
                 )
     if forward_ad._current_level >= 0:
         refuse_forward_mode(op, **tensors)

@@ -197,6 +197,11 @@ def seed_of(dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor | Non
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")
     if isinstance(dropout_seed, Tensor):
         return dropout_seed
+    if not isinstance(dropout_seed, int) or not -(2**63) <= dropout_seed < 2**63:
+        raise ValueError(
+            "dropout_seed must be None, an int64 tensor of one element, or an int of 64 bits; got "
+            f"{dropout_seed!r}"
+        )
     return torch.tensor([dropout_seed], dtype=torch.int64, device="cpu")
 
 

@@ -120,6 +120,9 @@ def attention_append_(
 ) -> None:
     """New tokens into a cache, in place: k_i and v_i at position ``cache_seqlens[b] + i``.
 
+    ``cache_seqlens`` stays as it is: the caller adds S to it. Sequences may share blocks that are
+    only read; slots that are written must be distinct.
+
     Into an int8 cache they go as ``round(x/s)`` with ``s = max|x|/127`` of the token and head, as
     :func:`pybigmodel.ops.quantize_per_token` has it, and s into ``k_scale`` and ``v_scale``.
 
@@ -295,6 +298,17 @@ def _attention_append_fake(
         check.check_same_device(op, name, tokens, k)
         shape = (k.shape[0], cache.shape[1], k.shape[2], cache.shape[3])
         check.check_shape(op, name, tokens, shape, f"must have shape {shape} to go into {into}")
+    written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+    for name, tensor in written.items():
+        for at in range(0 if tensor is None else tensor.dim()):
+            assert tensor is not None
+            torch._check(
+                tensor.stride(at) != 0 or tensor.shape[at] <= 1,
+                lambda name=name, tensor=tensor, at=at: (
+                    f"{op}: {name} is written, and must have a place for each element; got stride "
+                    f"0 in dimension {at} of shape {tuple(tensor.shape)}"
+                ),
+            )
 
 
 # --- autocast: to the cache's dtype, which cannot follow ------------------------------------------

@@ -313,3 +313,8 @@ def test_exported_program(x: Tensor, ours) -> None:
         program = torch.export.export(Causal(), (x,))
         assert ours(lambda: program.module()(x))
     assert not ours(lambda: program.module()(x))
+
+
+def test_a_precision_in_the_place_of_the_switch_is_refused() -> None:
+    with pytest.raises(TypeError, match="enabled must be a bool, got 'bf16'"), pbm.sdpa("bf16"):
+        pass

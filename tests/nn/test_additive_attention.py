@@ -314,11 +314,13 @@ def test_compile(need_weights: bool) -> None:
 @torch.no_grad()
 def test_export() -> None:
     layer, given = layer_of().eval(), inputs()
-    keys = torch.export.Dim("keys", min=4, max=512)
-    program = torch.export.export(layer, given, dynamic_shapes=(None, {1: keys}, {1: keys}))
+    batch, keys = torch.export.Dim("batch", max=64), torch.export.Dim("keys", min=4, max=512)
+    shapes = ({0: batch}, {0: batch, 1: keys}, {0: batch, 1: keys})
+    program = torch.export.export(layer, given, dynamic_shapes=shapes)
     called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert "pybigmodel.additive_attention.default" in called
-    given = (given[0], torch.randn(B, 90, KEY), torch.randn(B, 90, DV))
+    query = torch.cat([given[0], given[0]])
+    given = (query, torch.randn(2 * B, 90, KEY), torch.randn(2 * B, 90, DV))
     assert_exact(program.module()(*given)[0], layer(*given)[0])
 
 

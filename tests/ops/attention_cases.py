@@ -269,7 +269,8 @@ def kernel_of(case: Case) -> str:
     """Of a forward pass without gradients, the tier left out."""
     rows = case.q.shape[1] // case.k.shape[1] * case.q.shape[2]
     bf16 = case.q.dtype == torch.bfloat16
-    if rows > (8 if bf16 else 16) or case.options.get("dropout_p"):
+    few = (2 if bf16 else 4) if case.k.shape[2] < 256 else (8 if bf16 else 12)
+    if rows > few or case.options.get("dropout_p"):
         return "attention_bf16" if bf16 else "attention_f32"
     return "attention_decode_" + {4: "f32", 2: "bf16" if bf16 else "f16"}[case.q.itemsize]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +149,10 @@ def test_probabilities_out_of_range(p: float) -> None:
     q = torch.randn(1, 1, 3, 8)
     with pytest.raises(RuntimeError, match=r"attention: dropout_p must be .*"):
         ops.attention(q, q, q, dropout_p=p, dropout_seed=1)
+
+
+@pytest.mark.parametrize("seed", [1.5, 2**63, -(2**63) - 1, "7"])
+def test_seeds_that_are_none(seed: Any) -> None:
+    q = torch.randn(1, 1, 3, 8)
+    with pytest.raises(ValueError, match=r"dropout_seed must be .*; got "):
+        ops.attention(q, q, q, dropout_p=0.5, dropout_seed=seed)

@@ -254,6 +254,8 @@ def bad_decoding() -> list[Bad]:
         Bad(op, "v", ((2, 2, 3, 13), F32), "(2, 2, 3, 13)"),
         Bad(op, "v", ((2, 2, 2, 12), F32), "(2, 2, 2, 12)"),
         Bad(op, "v", ((2, 3, 12), F32), "(2, 3, 12)"),
+        Bad(op, "k_cache", lambda: torch.zeros(1, 2, 8, 16, dtype=INT8).expand(6, 2, 8, 16), "0"),
+        Bad(op, "v_scale", lambda: torch.zeros(6, 1, 8).expand(6, 2, 8), "dimension 1"),
     ]
     return calls
 

@@ -75,7 +75,7 @@ def attention(
         joining the heads copies nothing. With ``return_lse`` a pair.
 
     Numerics: products are summed and the softmax is kept in float32 (probabilities are rounded to
-    bfloat16 for bfloat16 products); 2^x has a relative error below 1.5e-7 (3e-6 before rounding to
+    bfloat16 for bfloat16 products); 2^x has a relative error below 2e-7 (3e-6 before rounding to
     bfloat16). A row's result depends neither on its neighbours in the batch nor on the number of
     threads; gradients are deterministic for a given number of threads.
 

@@ -30,7 +30,7 @@ struct Bound {
 
 constexpr Bound kBounds[] = {
     {"exp", exact_exp, 2e-7, 0, -INFINITY, INFINITY, Activation::none},
-    {"exp2", exact_exp2, 1.5e-7, 0, -INFINITY, 127, Activation::none},
+    {"exp2", exact_exp2, 2e-7, 0, -INFINITY, 127, Activation::none},
     {"exp2 before bf16", exact_exp2_bf16, 3e-6, 0, -INFINITY, 127, Activation::none},
     {"tanh", exact_tanh, 2.4e-7, 0, -INFINITY, INFINITY, Activation::none},
     {"normal tail", exact_tail, 5e-7, 0, 0, 2.5, Activation::none},

@@ -24,7 +24,7 @@ PBM_INLINE Vec vexp(Vec x) {
   return scale_by_pow2(p, n);
 }
 
-// 2^x, relative error below 1.5e-7 (2.5 ulp); exact for integers; −∞ gives 0, NaN stays NaN.
+// 2^x, relative error below 2e-7; exact for integers; −∞ gives 0, NaN stays NaN.
 PBM_INLINE Vec vexp2(Vec x) {
 #if PBM_TIER_LEVEL < 2
   x = vmax(set1(-160.f), x);  // NaN stays: the second operand is returned

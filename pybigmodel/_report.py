@@ -25,6 +25,7 @@ class Row:
     layer: str
     precision: str  # what its products are computed in
     replaced_by: str | None = None
+    activation: str | None = None  # that follows it, and is done in the same pass
     kernel: str | None = None  # the one that ran on example_inputs
     speedup: float | None = None  # the original's time over the replacement's, on example_inputs
     error: float | None = None  # ‖y − y₀‖ / ‖y₀‖ to the original's output, the worst call
@@ -36,7 +37,7 @@ class Row:
 
 
 _COLUMNS = (
-    *("path", "layer", "replaced by", "kernel"),
+    *("path", "layer", "replaced by", "activation", "kernel"),
     *("precision", "speed-up", "error", "left as is"),
 )
 _FIGURES = ("speed-up", "error")
@@ -124,6 +125,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.path or "(the model)",
         row.layer,
         row.replaced_by or "",
+        row.activation or "",
         row.kernel or "",
         row.precision if row.replaced_by else "",
         "" if row.speedup is None else f"{row.speedup:.2f}×",

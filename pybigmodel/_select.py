@@ -16,8 +16,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from pybigmodel._swap import BLOCKS, OWN
 from pybigmodel._torch_private import has_kernel
 from pybigmodel.nn import Int8Linear, Linear
+from pybigmodel.nn._activation import hooked
 from pybigmodel.nn.multihead_attention import WEIGHTS
-from pybigmodel.nn.transformer import hooked
 from pybigmodel.ops._attention_checks import MAX_HEAD_DIM
 from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pybigmodel._fuse import Fused, fused_class
 from pybigmodel.nn import (
     Int8Linear,
     Linear,
@@ -100,6 +101,14 @@ def become(module: nn.Module, new: nn.Module, keep_original: bool) -> None:
         module._free_original()
 
 
+def take_in_activations(module: nn.Module) -> None:
+    """Have the layers of ours do the activations that follow them in the module's forward."""
+    fused = fused_class(module)
+    if fused is not None:
+        vars(module).setdefault(CLASS, type(module))
+        module.__class__ = fused
+
+
 def is_swapped(module: nn.Module) -> bool:
     return CLASS in vars(module)
 
@@ -107,7 +116,7 @@ def is_swapped(module: nn.Module) -> bool:
 def why_not_reverted(module: nn.Module) -> str | None:
     """Why `revert` cannot be: the class was changed since, as parametrizations do."""
     kind = type(module)
-    if kind in (Linear, Int8Linear, *BLOCKS.values()):
+    if kind in (Linear, Int8Linear, *BLOCKS.values()) or Fused in kind.__bases__:
         return None
     return (
         f"it became a {kind.__module__}.{kind.__qualname__} since; remove its parametrizations "

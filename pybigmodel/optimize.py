@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pybigmodel._fuse import Fused, fused_layers
 from pybigmodel._measure import Trial, run_trials, split_inputs
 from pybigmodel._report import Report, Row, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
@@ -17,6 +18,7 @@ from pybigmodel._swap import (
     is_swapped,
     replacement,
     revert,
+    take_in_activations,
     weight_bytes,
     weights_of,
     why_not_reverted,
@@ -48,9 +50,12 @@ def optimize(
     :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"); every
     MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer and stack of these becomes
     pybigmodel.nn's of that name, with the linear layers in it. ("int8" leaves the projections of
-    queries, keys and values, and attention itself, in the dtype that they have.) What cannot or
-    should not be replaced stays, and :func:`report` says why. The modules stay the same objects and
-    change their class, so hooks, shared modules, tied weights and what refers to them stay too.
+    queries, keys and values, and attention itself, in the dtype that they have.) A relu, gelu or
+    silu that follows a layer, in a Sequential or in the forward of a module as
+    ``self.act(self.dense(x))``, is done with it in one pass where no gradient is wanted. What
+    cannot or should not be replaced stays, and :func:`report` says why. The modules stay the same
+    objects and change their class, so hooks, shared modules, tied weights and what refers to them
+    stay too.
 
     Args:
         model: any torch.nn.Module. A model in "fp32" or "bf16" trains as before: its Parameters are
@@ -112,6 +117,7 @@ def optimize(
         else:
             new = news.get(candidate.module)
             rows.append(_finish(candidate, new, trial, left, precision, keep_original))
+    rows = _with_activations(model, found, rows)
     log_rows(rows)
     vars(model)[_REPORT] = Report(tuple(rows))
     return model
@@ -300,6 +306,18 @@ def _finish(
         left=left,
         **measured,
     )
+
+
+def _with_activations(model: nn.Module, found: list[Candidate], rows: list[Row]) -> list[Row]:
+    """Have the new layers do the activations that follow them, and say which."""
+    done: dict[nn.Module, str] = {}
+    for module in model.modules():
+        take_in_activations(module)
+        done |= fused_layers(module) if isinstance(module, Fused) else {}
+    return [
+        replace(row, activation=done.get(candidate.module))
+        for candidate, row in zip(found, rows, strict=True)
+    ]
 
 
 def _describe(module: nn.Module) -> str:

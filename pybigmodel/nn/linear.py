@@ -17,7 +17,13 @@ from pybigmodel._torch_private import (
 )
 from pybigmodel.nn._packing import NOT_PACKED, entry_of, forget
 from pybigmodel.nn._product import Moments, advice, is_traced, product
-from pybigmodel.ops._common import PRECISIONS, Activation, no_kernel, precision_code
+from pybigmodel.ops._common import (
+    PRECISIONS,
+    Activation,
+    activation_code,
+    no_kernel,
+    precision_code,
+)
 
 _linear_packed = torch.ops.pybigmodel.linear_packed.default
 _is_grad_enabled = torch.is_grad_enabled
@@ -100,8 +106,20 @@ class Linear(torch.nn.Linear):
         self._precision = precision_code(value)
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._run(input, "none")
+
+    def with_activation(self, input: Tensor, activation: Activation) -> Tensor:
+        """``act(x·Wᵀ + b)``, in one pass where no gradient is wanted; calls no hooks.
+
+        Args:
+            input: as for the layer.
+            activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        """
+        return self._run(input, activation)
+
+    def _run(self, input: Tensor, activation: Activation) -> Tensor:
         if is_dynamo_compiling():
-            return self._general(input)
+            return self._general(input, activation)
         # One condition a line, the likeliest to fail first; what none of them rules out costs
         # less than the two attribute look-ups of torch.nn.Linear.forward.
         packed = self._packed
@@ -122,34 +140,23 @@ class Linear(torch.nn.Linear):
         ):
             copy = packed.copies.get(self._precision)
             if copy is not None:
+                code = activation_code(activation)
                 try:
-                    y: Tensor = _linear_packed(input, copy, packed.out_features, bias, None, 0)
+                    y: Tensor = _linear_packed(input, copy, packed.out_features, bias, None, code)
                     return y
                 except NotImplementedError as error:
                     raise no_kernel(
                         "Linear", advice("Linear"), input=input, weight=weight, bias=bias
                     ) from error
-        return self._general(input)
+        return self._general(input, activation)
 
-    def _general(self, input: Tensor) -> Tensor:
+    def _general(self, input: Tensor, activation: Activation) -> Tensor:
         # As torch.nn.Linear reads them: a parametrization or an old-style hook may compute them.
-        weight, bias = self.weight, self.bias
-        y = product("Linear", input, weight, bias, self._precision, self._moments)
+        weight, bias, moments = self.weight, self.bias, self._moments
+        y = product("Linear", input, weight, bias, self._precision, moments, activation=activation)
         if not is_traced(input):
             vars(self)["_packed"] = entry_of(weight)  # what assigning does, in a tenth of the time
         return y
-
-    def with_activation(self, input: Tensor, activation: Activation) -> Tensor:
-        """``act(x·Wᵀ + b)``, in one pass where no gradient is wanted; calls no hooks.
-
-        Args:
-            input: as for the layer.
-            activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
-        """
-        weight, bias, moments = self.weight, self.bias, self._moments
-        return product(
-            "Linear", input, weight, bias, self._precision, moments, activation=activation
-        )
 
     def forget_packed(self) -> None:
         """Drop the packed copy of the weight; the next call makes it again."""

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pybigmodel._torch_private import autocast_enabled, hooked_everywhere
+from pybigmodel.nn._activation import activated, hooked
 from pybigmodel.nn._masks import check_mask, hides_the_future
-from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
 from pybigmodel.nn.multihead_attention import MultiheadAttention
-from pybigmodel.ops._common import Activation, Precision
+from pybigmodel.ops._common import Precision
 
 ActivationFunction = str | Callable[[Tensor], Tensor]
 
@@ -102,7 +102,9 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
         return y
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        y: Tensor = self.dropout2(self.linear2(self.dropout(_activated(self, x))))
+        y: Tensor = self.dropout2(
+            self.linear2(self.dropout(activated(self.activation, self.linear1, x)))
+        )
         return y
 
     def _takes_end_to_end(self) -> bool:
@@ -143,7 +145,9 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        y: Tensor = self.dropout3(self.linear2(self.dropout(_activated(self, x))))
+        y: Tensor = self.dropout3(
+            self.linear2(self.dropout(activated(self.activation, self.linear1, x)))
+        )
         return y
 
 
@@ -332,51 +336,3 @@ def _is_causal(mask: Tensor | None, is_causal: bool | None, x: Tensor, batch_fir
     if is_causal is not None or mask is None:
         return bool(is_causal)
     return hides_the_future(mask, x.shape[1 if batch_first and x.dim() == 3 else 0])
-
-
-def _activated(layer: Any, x: Tensor) -> Tensor:
-    """The activation of linear1, in one pass where both are known and nobody looks on."""
-    first = layer.linear1
-    if (
-        type(first) in (Linear, Int8Linear)
-        and not torch.compiler.is_compiling()
-        and not hooked(first)
-        and not hooked_everywhere()
-    ):
-        activation = _activation_of(layer.activation)
-        if activation is not None:
-            return first.with_activation(x, activation)  # type: ignore[no-any-return]
-    return layer.activation(first(x))  # type: ignore[no-any-return]
-
-
-_ACTIVATIONS: dict[Any, Activation] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-}
-
-
-def _activation_of(function: Any) -> Activation | None:
-    """Its name, if the products know it."""
-    if isinstance(function, nn.Module):
-        if hooked(function):
-            return None
-        if type(function) is nn.GELU:
-            return "gelu" if function.approximate == "none" else "gelu_tanh"
-        function = type(function)
-    # Not by hash, which a callable may lack.
-    return next((name for known, name in _ACTIVATIONS.items() if known is function), None)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )

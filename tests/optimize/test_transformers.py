@@ -36,6 +36,7 @@ def test_bert(bert, monkeypatch, precision, bound) -> None:
     fast = pbm.optimize(bert, precision, example_inputs=inputs)
     report = pbm.report(fast)
     assert len(report.replaced) == len(report.rows) == 2 * 6 + 1
+    assert [row.activation for row in report if "intermediate" in row.path] == ["gelu"] * 2
     with torch.no_grad():
         expected = bert(**inputs).last_hidden_state
         assert difference(fast(**inputs).last_hidden_state, expected)[0] < bound

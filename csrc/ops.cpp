@@ -15,6 +15,11 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("int8_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int activation, bool symmetric) -> Tensor");
   m.def("int8_weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int activation) -> Tensor");
 
+  // --- convolution: act(x * w + bias) over (N, C, spatial…); padding: before and after, axis by axis; algorithm: csrc/cpu/kernels/conv_algorithm.h
+  m.def("pack_conv_weight(Tensor weight, int groups, int precision, int algorithm) -> Tensor");
+  m.def("conv_packed(Tensor input, Tensor packed_weight, int out_channels, int[] kernel_size, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, int activation, float slope, int algorithm, bool channels_last) -> Tensor");
+  m.def("conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int precision, int algorithm, bool channels_last) -> Tensor");
+
   // --- attention: softmax(scale·q·kᵀ + …)·v, its log-sum-exp, and the rows' maxima and sums for backward. window: negative is unbounded; precision: 0 fp32, 1 bf16
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool for_backward) -> (Tensor, Tensor, Tensor)");
   m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");

@@ -93,7 +93,7 @@ inline void check_residual(const char* op, const std::optional<Tensor>& residual
 }
 
 inline void check_activation(const char* op, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivationCount, op,
+  STD_TORCH_CHECK(activation >= 0 && activation < kLinearActivationCount, op,
                   ": activation must be 0 (none), 1 (relu), 2 (gelu), 3 (gelu_tanh) or 4 (silu), got ", activation);
 }
 

@@ -6,9 +6,9 @@
 
 namespace pbm {
 
-// The integers of the op schemas.
-enum class Activation : int { none, relu, gelu_erf, gelu_tanh, silu };
-constexpr int kActivationCount = 5;
+// The integers of the op schemas. Linear layers have the first five.
+enum class Activation : int { none, relu, gelu_erf, gelu_tanh, silu, relu6, hardswish, leaky_relu };
+constexpr int kLinearActivationCount = 5, kActivationCount = 8;
 
 // fp32·fp32 → fp32, bf16·bf16 → fp32, u8·s8 → s32.
 enum class Flavour : int { f32, bf16, u8s8 };

@@ -52,10 +52,11 @@ void run(const Gemm& g, const EpilogueTile& t) {
     if (g.bias) bias = with_float_dtype(g.bias_dtype, [&]<DType B>() { return load16_n<B>(g.bias, col, n); });
     for (int r = 0; r < t.rows; r++) {
       Vec y = add(dequantise<S>(t, r, j, column_sum, col_scale), bias);
-      y = activate<A>(y);
       const int64_t at = (t.row + r) * g.c_row + col;
       constexpr DType kResidual = T == DType::u8 ? DType::f32 : T;
-      if (g.residual) y = add(y, load16_n<kResidual>(g.residual, (t.row + r) * g.residual_row + col, n));
+      Vec residual = zero();
+      if (g.residual) residual = load16_n<kResidual>(g.residual, (t.row + r) * g.residual_row + col, n);
+      y = g.residual_first ? activate<A>(add(y, residual), g.slope) : add(activate<A>(y, g.slope), residual);
       if constexpr (T == DType::u8) {
         store_quantised(g, at, y, n);
       } else {
@@ -70,7 +71,8 @@ using RunFn = void (*)(const Gemm&, const EpilogueTile&);
 #define PBM_DTYPES(S, A) {run<S, A, DType::f32>, run<S, A, DType::bf16>, run<S, A, DType::f16>, run<S, A, DType::u8>}
 #define PBM_ACTIVATIONS(S)                                                                                \
   {PBM_DTYPES(S, Activation::none), PBM_DTYPES(S, Activation::relu), PBM_DTYPES(S, Activation::gelu_erf), \
-   PBM_DTYPES(S, Activation::gelu_tanh), PBM_DTYPES(S, Activation::silu)}
+   PBM_DTYPES(S, Activation::gelu_tanh), PBM_DTYPES(S, Activation::silu), PBM_DTYPES(S, Activation::relu6),   \
+   PBM_DTYPES(S, Activation::hardswish), PBM_DTYPES(S, Activation::leaky_relu)}
 
 }  // namespace
 

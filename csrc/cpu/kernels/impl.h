@@ -40,6 +40,11 @@ void additive_few_output(const AdditiveAttention& a, const AdditiveFew& f, int64
 void additive_few_score_gradients(const AdditiveAttention& a, const AdditiveFew& f, int64_t b);
 void additive_few_gradients(const AdditiveAttention& a, const AdditiveFew& f, int64_t b, int64_t part);
 void additive_few_sums(const AdditiveAttention& a, const AdditiveFew& f, int64_t b);
+void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range rows, Range panels);
+void conv_winograd(const Winograd& p, int64_t group, Range tiles, Range panels);
+void conv_depthwise(const Depthwise& p, Range rows, Range blocks);
+void conv_copy(const ConvCopy& p, int64_t begin, int64_t end);
+void pack_winograd(const WinogradPack& p, int64_t begin, int64_t end);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);
 void column_sum(const ColumnSum& s, int64_t begin, int64_t end);
@@ -63,5 +68,16 @@ struct EpilogueTile {
   int64_t column_sums_panel;   // int32s from one panel's sums to the next
 };
 void epilogue(const Gemm& g, const EpilogueTile& t);
+
+// The epilogue of one group of a convolution: its columns from 0 on.
+inline Gemm group_epilogue(const Conv& conv, int64_t group) {
+  Gemm g = conv.out_rows;
+  const int64_t column = group * g.n, size = size_of(g.c_dtype);
+  g.c = static_cast<char*>(g.c) + column * size;
+  if (g.residual) g.residual = static_cast<const char*>(g.residual) + column * (size == 1 ? 4 : size);
+  if (g.bias) g.bias = static_cast<const char*>(g.bias) + column * size_of(g.bias_dtype);
+  if (g.col_scale) g.col_scale += column;
+  return g;
+}
 
 }  // namespace pbm::PBM_TIER

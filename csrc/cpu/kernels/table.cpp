@@ -19,6 +19,11 @@ const Kernels table = {
     .additive = {additive_prepare, additive_forward, additive_score_gradients, additive_hidden_gradients,
                  additive_value_gradients, additive_mask_gradient, additive_few_scores, additive_few_output,
                  additive_few_score_gradients, additive_few_gradients, additive_few_sums},
+    .conv_direct = conv_direct,
+    .conv_winograd = conv_winograd,
+    .conv_depthwise = conv_depthwise,
+    .conv_copy = conv_copy,
+    .pack_winograd = pack_winograd,
 };
 
 }  // namespace pbm::PBM_TIER

@@ -6,6 +6,7 @@
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/attention_decode.h"
 #include "cpu/kernels/brgemm.h"
+#include "cpu/kernels/conv.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/quantize.h"
 
@@ -31,6 +32,15 @@ struct Kernels {
   // All parts of one (sequence, kv head), in their order, to out and lse.
   void (*attention_decode_merge)(const AttentionDecode&, const DecodeItem* items, int64_t count);
   AdditiveKernels additive;
+  // Rows of a grid (its pixels, batch by batch) and panels of a group.
+  void (*conv_direct)(const Conv&, const ConvGrid&, int64_t group, Range rows, Range panels);
+  void (*conv_winograd)(const Winograd&, int64_t group, Range tiles, Range panels);
+  // Output rows (batch, d, h) and blocks of sixteen channels.
+  void (*conv_depthwise)(const Depthwise&, Range rows, Range blocks);
+  // Rows (batch, d, h).
+  void (*conv_copy)(const ConvCopy&, int64_t begin, int64_t end);
+  // Panels [begin, end) of all groups.
+  void (*pack_winograd)(const WinogradPack&, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();  // of active_isa()

@@ -158,4 +158,23 @@ PBM_INLINE void multiply(typename D::Acc (&acc)[MR][NV], const char* a, int64_t 
   if constexpr (D::kParts == 2) multiply_part<D, 1, MR, NV>(acc, a, lda, b, b_panel);
 }
 
+// The same with rows that lie anywhere, from byte `at` of each.
+template <class D, int Part, int MR, int NV>
+PBM_INLINE void multiply_rows_part(typename D::Acc (&acc)[MR][NV], const char* const (&a)[MR], int64_t at,
+                                   const char* b, int64_t b_panel) {
+  typename D::B bv[NV];
+  PBM_UNROLL for (int j = 0; j < NV; j++) bv[j] = D::template load_b<Part>(b + j * b_panel);
+  PBM_UNROLL for (int r = 0; r < MR; r++) {
+    const typename D::A av = D::template broadcast<Part>(a[r] + at);
+    PBM_UNROLL for (int j = 0; j < NV; j++) acc[r][j] = D::step(acc[r][j], av, bv[j]);
+  }
+}
+
+template <class D, int MR, int NV>
+PBM_INLINE void multiply_rows(typename D::Acc (&acc)[MR][NV], const char* const (&a)[MR], int64_t at, const char* b,
+                              int64_t b_panel) {
+  multiply_rows_part<D, 0, MR, NV>(acc, a, at, b, b_panel);
+  if constexpr (D::kParts == 2) multiply_rows_part<D, 1, MR, NV>(acc, a, at, b, b_panel);
+}
+
 }  // namespace pbm::PBM_TIER

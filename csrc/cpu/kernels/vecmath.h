@@ -155,10 +155,17 @@ PBM_INLINE Vec normal_tail(Vec t) {
   return mul(mul(q, u), vexp(mul(mul(t, t), set1(-0.5f))));
 }
 
+// slope: of leaky_relu below 0.
 template <Activation A>
-PBM_INLINE Vec activate(Vec x) {
+PBM_INLINE Vec activate(Vec x, float slope) {
   if constexpr (A == Activation::relu) {
     return vmax(zero(), x);  // NaN stays: the second operand is returned
+  } else if constexpr (A == Activation::relu6) {
+    return vmin(set1(6), vmax(zero(), x));
+  } else if constexpr (A == Activation::hardswish) {
+    return mul(x, mul(vmin(set1(6), vmax(zero(), add(x, set1(3)))), set1(1.f / 6)));
+  } else if constexpr (A == Activation::leaky_relu) {
+    return where_negative(x, mul(x, set1(slope)), x);
   } else if constexpr (A == Activation::gelu_erf) {
     const Vec tail = mul(x, normal_tail(vabs(x)));  // x·Φ(x) = x − x·Φ(−x)
     return where_negative(x, tail, sub(x, tail));

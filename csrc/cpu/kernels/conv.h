@@ -1,0 +1,85 @@
+// Convolution of channels-last images: products of gathered rows with packed panels, Winograd, depthwise.
+// Images have three spatial axes, d, h and w; those that a convolution lacks have size 1.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels/gemm.h"
+
+namespace pbm {
+
+// An image whose channels are contiguous; strides in elements.
+struct ConvImage {
+  const void* data;
+  int64_t size[3];
+  int64_t batch_stride, stride[3];
+};
+
+// One tap of the kernel, where it reads: at output pixel i of the grid the input pixel i·in_step + at.
+struct ConvTap {
+  int64_t at[3];
+  int64_t weight;  // its place in a packed panel
+};
+
+// Output pixels out_begin + i·out_step, i < count, whose taps read the input at the same distances. A convolution is one
+// grid; what runs over its outputs with a stride (a transposed convolution, a data gradient) is one for each remainder.
+struct ConvGrid {
+  int64_t count[3];
+  int64_t out_begin[3], out_step[3], in_step[3];
+  const ConvTap* taps;
+  int64_t tap_count;
+};
+
+struct Conv {
+  int64_t batch, groups;
+  int64_t c;    // input channels of a group
+  ConvImage x;  // in the flavour's dtype, the groups side by side
+  int64_t out[3];
+  const void* weight;  // [group][panel][tap][lane of c], the lanes of a tap filled up with zeros; u8s8: then the sums
+  int64_t taps;
+  const void* zeros;  // c elements that taps outside the image read: zeros, or the zero point
+  float x_scale;      // u8s8: of the whole image
+  int32_t x_zero;
+  // The epilogue: n output channels of a group, rows = all output pixels, group g's columns from g·n on. Its operands of
+  // the product are not read.
+  Gemm out_rows;
+};
+
+// Winograd's F(m×m, 3×3) of stride 1, m 2 or 4: y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A over tiles of m×m outputs (Lavin and Gray,
+// "Fast Algorithms for Convolutional Neural Networks", 2016). Axes h and w; in fp32.
+struct Winograd {
+  Conv conv;  // weight: [group][panel][(m + 2)²][c] groups of 16 fp32
+  int m;
+  int64_t pad[2];
+};
+
+// Weights to U = G g Gᵀ; strides in elements, negative where the kernel is turned around.
+struct WinogradPack {
+  int m;
+  int64_t groups, n, c;  // of a group
+  const float* w;
+  int64_t w_group, w_n, w_c, w_h, w_w;
+  float* out;
+};
+
+// One filter a channel (groups = channels, n = 1); weight: [16 channels][tap][16] fp32, accumulated in fp32.
+struct Depthwise {
+  Conv conv;
+  DType dtype;  // of x
+  int64_t kernel[3], stride[3], pad[3], dilation[3];
+};
+
+// An image to other strides and another dtype, with pixels of zeros before and after each row of w. One of the strides
+// along channels and w is 1 on each side.
+struct ConvCopy {
+  int64_t batch, channels, size[3];
+  const void* x;
+  DType x_dtype;
+  int64_t x_batch, x_channel, x_stride[3];
+  void* out;  // the first pixel after the zeros
+  DType out_dtype;
+  int64_t out_batch, out_channel, out_stride[3];
+  int64_t zeros_before, zeros_after;  // pixels; only where out_channel is 1
+};
+
+}  // namespace pbm

@@ -84,13 +84,13 @@ const void* zeros(int64_t bytes) {
   return many.data();
 }
 
-// Threads over rows and panels of every group.
+// Threads over rows, cut at multiples of a unit, and panels of every group.
 template <class F>
-void over_groups(int64_t groups, Grid grid, int64_t rows, int64_t n, const F& f) {
+void over_groups(int64_t groups, Grid grid, int64_t rows, int64_t unit, int64_t n, const F& f) {
   const int64_t each = grid.m * grid.n;
   parallel(groups * each, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const Range r = part(rows, 1, grid.m, i % each / grid.n);
+      const Range r = part(rows, unit, grid.m, i % each / grid.n);
       const Range columns = part(n, kPanel, grid.n, i % grid.n);
       const Range panels = {columns.begin / kPanel, ceil_div(columns.end, kPanel)};
       if (r.begin < r.end && panels.begin < panels.end) f(i / each, r, panels);
@@ -120,7 +120,7 @@ void run_direct(const ConvShape& s, Conv conv, bool rows) {
   const Grid cut = s.groups >= 2 * threads ? Grid{1, 1}
                                            : direct_grid(s.pixels(), conv.taps, panel_groups(conv.c, conv.out_rows.flavour),
                                                          ceil_div(s.n, kPanel), threads);
-  over_groups(s.groups, cut, s.pixels(), s.n, [&](int64_t group, Range r, Range panels) {
+  over_groups(s.groups, cut, s.pixels(), s.out(2), s.n, [&](int64_t group, Range r, Range panels) {
     kernels().conv_direct(conv, grid, group, r, panels);
   });
 }
@@ -156,7 +156,7 @@ void run_winograd(const ConvShape& s, const Conv& conv, int m) {
   const int64_t tiles = s.batch * ceil_div(s.out(1), m) * ceil_div(s.out(2), m);
   const int64_t threads = torch::stable::get_num_threads();
   const Grid cut = s.groups >= 2 * threads ? Grid{1, 1} : winograd_grid(s, m, threads);
-  over_groups(s.groups, cut, tiles, s.n, [&](int64_t group, Range r, Range panels) {
+  over_groups(s.groups, cut, tiles, 1, s.n, [&](int64_t group, Range r, Range panels) {
     kernels().conv_winograd(p, group, r, panels);
   });
 }

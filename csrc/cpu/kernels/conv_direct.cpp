@@ -108,7 +108,7 @@ struct Pixels {
   }
 };
 
-// Where the taps of rows [begin, end) read the group's channels: table[row][tap].
+// Where the taps of rows [begin, end) read the group's channels, table[row][tap], and whether all are in the image.
 class Table {
  public:
   Table(const Conv& conv, const ConvGrid& grid, int64_t group)
@@ -131,7 +131,7 @@ class Table {
     }
   }
 
-  void make(Range rows, const char** table) const {
+  void make(Range rows, const char** table, bool* whole) const {
     const int64_t taps = grid_.tap_count;
     Pixels p = Pixels::from(grid_, rows.begin);
     for (int64_t r = rows.begin; r < rows.end; r++, p.next(grid_), table += taps) {
@@ -143,6 +143,7 @@ class Table {
       for (int axis = 0; axis < 3; axis++) inside = inside && at[axis] >= low_[axis] && at[axis] < high_[axis];
       for (int64_t t = 0; t < taps; t++) table[t] = first + offsets_[t];
       if (!inside) hide(at, table);
+      *whole++ = inside;
     }
   }
 
@@ -210,23 +211,88 @@ class Output {
   int32_t zero_[8];
 };
 
-// Panels side by side in a tile: four where that leaves fewer of them half empty.
-int64_t panels_at_once(int64_t panels) {
-  if (panels % kTile.wide_panels == 0) return kTile.wide_panels;
-  if (panels % kTile.panels == 0) return kTile.panels;
-  return ceil_div(panels, ceil_div(panels, kTile.wide_panels));
-}
-
-// Parts of the reduction: whole taps, as many as fill a block of sums, or a part of the lanes of one.
-struct Cut {
-  int64_t taps;   // at once
-  int64_t lanes;  // of each
+// How rows are cut into tiles. A tile of pixels beside each other has its hidden taps at an end, where they can be left
+// out; images narrower than a tile are not cut so.
+struct Tiling {
+  int64_t unit;    // rows that are cut for themselves
+  int64_t height;  // at most
+  int64_t width;   // panels, at most
 };
 
-Cut cut_of(int64_t lanes, int64_t most) {
-  if (lanes <= most) return {max64(most / max64(lanes, 1), 1), lanes};
-  return {1, ceil_div(lanes, ceil_div(lanes, most))};
+// Equal parts of a total: the first of them.
+int64_t even(int64_t total, int64_t most) { return ceil_div(total, ceil_div(total, most)); }
+
+// Half cycles of a step of one lane, over all tiles of a unit: a product each, and two a tile for what is around them.
+int64_t cost_of(const Tiling& t, int64_t panels) {
+  int64_t cost = 0;
+  for (int64_t r = 0, h; r < t.unit; r += h) {
+    h = even(t.unit - r, t.height);
+    for (int64_t j = 0, w; j < panels; j += w) {
+      w = even(panels - j, t.width);
+      cost += max64(h * w, 8) + 2;  // 8: the latency of a fused multiply-add
+    }
+  }
+  return cost;
 }
+
+Tiling tiling_of(int64_t across, int64_t rows, int64_t panels) {
+  const int64_t unit = across >= kTile.wide_rows ? across : min64(rows, 24);
+  const Tiling tall = {unit, kTile.max_rows, kTile.panels}, wide = {unit, kTile.wide_rows, kTile.wide_panels};
+  Tiling t = cost_of(wide, panels) <= cost_of(tall, panels) ? wide : tall;
+  if (across < kTile.wide_rows) t.unit = 1;
+  return t;
+}
+
+// Lanes fewer than these are not worth a call of their own for the rows that see a tap.
+constexpr int64_t kWorthACall = 48;
+
+// One tile's part of the reduction.
+struct TileSum {
+  Flavour flavour;
+  int64_t c, lanes;
+  const ConvTap* taps;
+  const char* const* table;  // of the tile's first row
+  int64_t tap_count;
+  const char* zeros;
+  RowProduct p;  // of the tile's first row
+
+  // Taps [tap, tap_end) of rows [row, row_end).
+  void add(int64_t tap, int64_t tap_end, int64_t row, int64_t row_end, int64_t panels) {
+    const int64_t most = flavour == Flavour::u8s8 ? lanes : sum_lanes(flavour), per_lane = k_per_lane(flavour);
+    const int64_t taps_at_once = max64(most / max64(lanes, 1), 1);
+    const int64_t lanes_at_once = lanes <= most ? max64(lanes, 1) : ceil_div(lanes, ceil_div(lanes, most));
+    for (int64_t t = tap; t < tap_end; t += taps_at_once)
+      for (int64_t lane = 0; lane == 0 || lane < lanes; lane += lanes_at_once) {
+        RowProduct x = p;
+        x.rows = table + row * tap_count + t;
+        x.taps = taps + t;
+        x.tap_count = min64(taps_at_once, tap_end - t);
+        x.a_offset = lane * lane_bytes(flavour);
+        x.b += lane * kGroupBytes;
+        x.k = min64(lanes_at_once * per_lane, c - lane * per_lane);
+        x.c = static_cast<char*>(p.c) + row * p.ldc * 4;
+        row_product(x, flavour, row_end - row, panels);
+        p.accumulate = true;
+      }
+  }
+
+  // The same where some taps of some rows lie outside: of each tap the rows from the first to the last that see it.
+  void add_visible(int64_t tap, int64_t tap_end, int64_t rows, int64_t panels) {
+    if (!p.accumulate) std::memset(p.c, 0, static_cast<size_t>(rows * p.ldc) * 4);
+    p.accumulate = true;
+    for (int64_t t = tap, whole = tap; t < tap_end; t++) {
+      int64_t row = 0, row_end = rows;
+      while (row < rows && table[row * tap_count + t] == zeros) row++;
+      while (row_end > row && table[(row_end - 1) * tap_count + t] == zeros) row_end--;
+      const bool all = row_end > row && (row_end - row == rows || lanes < kWorthACall);
+      if (!all || t + 1 == tap_end) {
+        add(whole, all ? t + 1 : t, 0, rows, panels);
+        whole = t + 1;
+      }
+      if (!all && row_end > row) add(t, t + 1, row, row_end, panels);
+    }
+  }
+};
 
 }  // namespace
 
@@ -235,55 +301,51 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
                                         "conv_direct_u8s8." PBM_TIER_NAME};
   const Flavour flavour = conv.out_rows.flavour;
   note_kernel(kNames[static_cast<int>(flavour)]);
-  const int64_t per_lane = k_per_lane(flavour), lanes = panel_groups(conv.c, flavour);
-  const int64_t tap_bytes = lanes * kGroupBytes;
+  const int64_t lanes = panel_groups(conv.c, flavour), taps = grid.tap_count, tap_bytes = lanes * kGroupBytes;
   const int64_t panel_bytes = conv.taps * tap_bytes + (flavour == Flavour::u8s8 ? kGroupBytes : 0);
-  const int64_t all_panels = ceil_div(conv.out_rows.n, kPanel);
-  const char* weight = static_cast<const char*>(conv.weight) + group * all_panels * panel_bytes;
+  const char* weight =
+      static_cast<const char*>(conv.weight) + group * ceil_div(conv.out_rows.n, kPanel) * panel_bytes;
   const Output output(conv, grid, group);
   const Table where(conv, grid, group);
-  const int64_t at_once = panels_at_once(panels.end - panels.begin);
-  const Cut cut = cut_of(lanes, flavour == Flavour::u8s8 ? lanes : sum_lanes(flavour));
-  // Whole cuts of taps and lanes whose weights stay in L2 while the rows of a block pass by.
-  const int64_t cut_bytes = cut.taps * cut.lanes * kGroupBytes * at_once;
-  const int64_t cuts_at_once = max64(kWeightBytes / cut_bytes, 1);
-  const int64_t lane_cuts = ceil_div(max64(lanes, 1), max64(cut.lanes, 1));
-  const int64_t cuts = max64(ceil_div(grid.tap_count, cut.taps) * lane_cuts, 1);
+  const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, panels.end - panels.begin);
+  // Taps whose weights stay in L2 while the rows of a block pass by.
+  const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width, 1), 1);
+  // What hides taps from a quantised image is its zero point, which the sums of the weights count on.
+  const bool may_skip = flavour != Flavour::u8s8;
 
   for (int64_t r0 = rows.begin; r0 < rows.end;) {
-    const int64_t count = ceil_div(rows.end - r0, ceil_div(rows.end - r0, kBlockRows));
+    const int64_t left = ceil_div(rows.end - r0, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
+    const int64_t count = min64(ceil_div(left, ceil_div(left, fit)) * tiling.unit, rows.end - r0);
     const char** table = static_cast<const char**>(
-        scratch(ScratchSlot::a_rows, static_cast<size_t>(grid.tap_count * count) * sizeof(char*)));
-    where.make({r0, r0 + count}, table);
-    char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(count * at_once) * 64));
-    for (int64_t j = panels.begin; j < panels.end; j += at_once) {
-      const int64_t width = min64(at_once, panels.end - j);
-      const int64_t tallest = width <= kTile.panels ? kTile.max_rows : kTile.wide_rows;
+        scratch(ScratchSlot::a_rows, static_cast<size_t>(count) * (static_cast<size_t>(taps) * sizeof(char*) + 1)));
+    bool* whole = reinterpret_cast<bool*>(table + taps * count);
+    where.make({r0, r0 + count}, table, whole);
+    char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(count * tiling.width) * 64));
+    for (int64_t j = panels.begin, width; j < panels.end; j += width) {
+      width = even(panels.end - j, tiling.width);
       const char* b = weight + j * panel_bytes;
-      for (int64_t k = 0; k < cuts; k += cuts_at_once) {
-        const int64_t k_end = min64(k + cuts_at_once, cuts);
+      for (int64_t tap = 0; tap == 0 || tap < taps; tap += taps_at_once) {
+        const int64_t tap_end = min64(tap + taps_at_once, taps);
         for (int64_t r = 0; r < count;) {
-          const int64_t height = ceil_div(count - r, ceil_div(count - r, tallest));
-          char* c = acc + r * width * 64;
-          for (int64_t i = k; i < k_end; i++) {
-            const int64_t tap = i / lane_cuts * cut.taps, lane = i % lane_cuts * cut.lanes;
-            RowProduct p;
-            p.rows = table + r * grid.tap_count + tap;
-            p.rows_next = grid.tap_count;
-            p.a_offset = lane * lane_bytes(flavour);
-            p.taps = grid.taps + tap;
-            p.tap_count = min64(cut.taps, grid.tap_count - tap);
-            p.b = b + lane * kGroupBytes;
-            p.b_panel = panel_bytes;
-            p.b_tap = tap_bytes;
-            p.k = min64(cut.lanes * per_lane, conv.c - lane * per_lane);
-            p.c = c;
-            p.ldc = width * kPanel;
-            p.accumulate = i > 0;
-            row_product(p, flavour, height, width);
-          }
-          if (k_end == cuts)
-            output.put(r0 + r, height, j * kPanel, width * kPanel, c,
+          const int64_t row_end = min64((r / tiling.unit + 1) * tiling.unit, count);
+          const int64_t to_cut = tiling.unit == 1 ? count - r : row_end - r;
+          const int64_t height = even(to_cut, tiling.height);
+          TileSum sum{flavour, conv.c, lanes, grid.taps, table + r * taps, taps, static_cast<const char*>(conv.zeros), {}};
+          sum.p.rows_next = taps;
+          sum.p.b = b;
+          sum.p.b_panel = panel_bytes;
+          sum.p.b_tap = tap_bytes;
+          sum.p.c = acc + r * width * 64;
+          sum.p.ldc = width * kPanel;
+          sum.p.accumulate = tap > 0;
+          bool inside = true;
+          for (int64_t i = 0; i < height; i++) inside = inside && whole[r + i];
+          if (inside || !may_skip)
+            sum.add(tap, tap_end, 0, height, width);
+          else
+            sum.add_visible(tap, tap_end, height, width);
+          if (tap_end == taps)
+            output.put(r0 + r, height, j * kPanel, width * kPanel, static_cast<char*>(sum.p.c),
                        reinterpret_cast<const int32_t*>(b + conv.taps * tap_bytes), panel_bytes / 4);
           r += height;
         }

@@ -13,7 +13,6 @@ constexpr int64_t kBlockRows = 144;
 constexpr int64_t sum_lanes(Flavour f) { return f == Flavour::bf16 && PBM_TIER_LEVEL < 3 ? 128 : 256; }
 // Weights that one block of rows meets before the next part of them: they stay in L2.
 constexpr int64_t kWeightBytes = int64_t{320} << 10;
-constexpr int64_t kPrefetch = 32 * kGroupBytes;
 
 // A few rows times a few panels, over some taps and a part of their lanes.
 struct RowProduct {
@@ -24,7 +23,8 @@ struct RowProduct {
   int64_t b_panel, b_tap;   // bytes from one panel, one tap to the next
   const ConvTap* taps;
   int64_t tap_count;
-  int64_t k;  // elements of each tap
+  int64_t k;     // elements of each tap
+  int64_t soon;  // from the first panel to what is read after this: fetched into L2 on the way; 0: nothing
   void* c;
   int64_t ldc;  // elements
   bool accumulate;
@@ -40,13 +40,13 @@ void row_product(const RowProduct& p) {
   PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = D::zero();
   const int64_t lanes = filled_up ? ceil_div(p.k, kPerLane) : p.k / kPerLane;
   const int64_t tail_bytes = filled_up ? 0 : p.k % kPerLane * (4 / kPerLane);
-  const int64_t b_panel = p.b_panel;
+  const int64_t b_panel = p.b_panel, soon = p.soon;
   for (int64_t t = 0; t < p.tap_count; t++) {
     const char* a[MR];
     PBM_UNROLL for (int i = 0; i < MR; i++) a[i] = p.rows[i * p.rows_next + t] + p.a_offset;
     const char* b = p.b + p.taps[t].weight * p.b_tap;
     for (int64_t l = 0; l < lanes; l++) {
-      PBM_UNROLL for (int j = 0; j < NV; j++) __builtin_prefetch(b + j * b_panel + kPrefetch, 0, 3);
+      if constexpr (MR >= 4) __builtin_prefetch(b + soon, 0, 2);
       multiply_rows<D, MR, NV>(acc, a, l * kLaneBytes, b, b_panel);
       b += kGroupBytes;
     }
@@ -326,7 +326,10 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
       const char* b = weight + j * panel_bytes;
       for (int64_t tap = 0; tap == 0 || tap < taps; tap += taps_at_once) {
         const int64_t tap_end = min64(tap + taps_at_once, taps);
-        for (int64_t r = 0; r < count;) {
+        // The next tiles' share of what comes after: more taps of these panels, or the first of the next.
+        const bool more_taps = tap_end < taps, more_panels = j + 2 * width <= panels.end;
+        const int64_t next = more_taps ? taps_at_once * tap_bytes : width * panel_bytes - tap * tap_bytes;
+        for (int64_t r = 0, tile = 0; r < count; tile++) {
           const int64_t row_end = min64((r / tiling.unit + 1) * tiling.unit, count);
           const int64_t to_cut = tiling.unit == 1 ? count - r : row_end - r;
           const int64_t height = even(to_cut, tiling.height);
@@ -337,6 +340,7 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
           sum.p.b_tap = tap_bytes;
           sum.p.c = acc + r * width * 64;
           sum.p.ldc = width * kPanel;
+          sum.p.soon = tile < width && (more_taps || more_panels) ? next + tile * panel_bytes : 0;
           sum.p.accumulate = tap > 0;
           bool inside = true;
           for (int64_t i = 0; i < height; i++) inside = inside && whole[r + i];

@@ -91,6 +91,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("num_threads", pbm::num_threads, "Threads of torch's pool, on which every op runs.");
   m.def("retain_memory", retain_memory, "From now on the process keeps freed memory for reuse.");
   m.def("build_info", build_info, "Compiler, flags, CUDA architectures, commit, torch ABI target.");
+  m.def("conv_algorithm", pbm::conv_algorithm, py::arg("input"), py::arg("weight"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("bf16"), py::arg("exact"),
+        "The integer of the algorithm that the convolution ops choose for these shapes.");
   m.def(
       "measure_peak",
       [](const std::string& kind, double seconds) {

@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("pack_conv_weight(Tensor weight, int groups, int precision, int algorithm) -> Tensor");
   m.def("conv_packed(Tensor input, Tensor packed_weight, int out_channels, int[] kernel_size, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, int activation, float slope, int algorithm, bool channels_last) -> Tensor");
   m.def("conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int precision, int algorithm, bool channels_last) -> Tensor");
+  m.def("conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int precision, int algorithm, bool channels_last, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("conv_transpose(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, int precision, bool channels_last) -> Tensor");
+  m.def("conv_transpose_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int precision, bool channels_last, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
   // --- attention: softmax(scale·q·kᵀ + …)·v, its log-sum-exp, and the rows' maxima and sums for backward. window: negative is unbounded; precision: 0 fp32, 1 bf16
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool for_backward) -> (Tensor, Tensor, Tensor)");

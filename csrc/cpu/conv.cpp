@@ -19,8 +19,7 @@ void check_list(const char* op, const char* name, const Ints& list, int64_t coun
   STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == count, op, ": ", name, " must have ", count, " entries, got ",
                   list_of(list.data(), static_cast<int64_t>(list.size())));
   for (const int64_t value : list)
-    STD_TORCH_CHECK(value >= least, op, ": ", name, " must be at least ", least, ", got ",
-                    list_of(list.data(), count));
+    STD_TORCH_CHECK(value >= least, op, ": ", name, " must be at least ", least, ", got ", list_of(list.data(), count));
 }
 
 // The convolution of an input (N, groups·c, …) with n_all filters of these sizes.
@@ -35,8 +34,8 @@ ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t 
   check_list(op, "dilation", g.dilation, axes, 1);
   STD_TORCH_CHECK(g.groups >= 1 && n_all % g.groups == 0, op, ": groups must divide the ", n_all,
                   " output channels, got ", g.groups);
-  STD_TORCH_CHECK(input.size(1) == g.groups * c, op, ": input must have ", g.groups * c, " channels (groups = ",
-                  g.groups, " of ", c, "), got shape ", shape_of(input));
+  STD_TORCH_CHECK(input.size(1) == g.groups * c, op, ": input must have ", g.groups * c,
+                  " channels (groups = ", g.groups, " of ", c, "), got shape ", shape_of(input));
   ConvShape s{};
   s.batch = input.size(0);
   s.groups = g.groups;
@@ -105,9 +104,9 @@ void run_direct(const ConvShape& s, Conv conv, bool rows) {
   for (int64_t i = 0; i < s.kernel[0]; i++)
     for (int64_t j = 0; j < s.kernel[1]; j++)
       for (int64_t q = 0; q < s.kernel[2]; q += width)
-        taps.push_back({{i * s.dilation[0] - s.pad[0], j * s.dilation[1] - s.pad[1],
-                         rows ? 0 : q * s.dilation[2] - s.pad[2]},
-                        static_cast<int64_t>(taps.size())});
+        taps.push_back(
+            {{i * s.dilation[0] - s.pad[0], j * s.dilation[1] - s.pad[1], rows ? 0 : q * s.dilation[2] - s.pad[2]},
+             static_cast<int64_t>(taps.size())});
   for (int axis = 0; axis < 3; axis++) {
     grid.count[axis] = s.out(axis);
     grid.out_step[axis] = 1;
@@ -117,12 +116,12 @@ void run_direct(const ConvShape& s, Conv conv, bool rows) {
   conv.taps = grid.tap_count = static_cast<int64_t>(taps.size());
   grid.taps = taps.data();
   const int64_t threads = torch::stable::get_num_threads();
-  const Grid cut = s.groups >= 2 * threads ? Grid{1, 1}
-                                           : direct_grid(s.pixels(), conv.taps, panel_groups(conv.c, conv.out_rows.flavour),
-                                                         ceil_div(s.n, kPanel), threads);
-  over_groups(s.groups, cut, s.pixels(), s.out(2), s.n, [&](int64_t group, Range r, Range panels) {
-    kernels().conv_direct(conv, grid, group, r, panels);
-  });
+  const Grid cut = s.groups >= 2 * threads
+                       ? Grid{1, 1}
+                       : direct_grid(s.pixels(), conv.taps, panel_groups(conv.c, conv.out_rows.flavour),
+                                     ceil_div(s.n, kPanel), threads);
+  over_groups(s.groups, cut, s.pixels(), s.out(2), s.n,
+              [&](int64_t group, Range r, Range panels) { kernels().conv_direct(conv, grid, group, r, panels); });
 }
 
 // A 1×1 convolution of stride 1 is a product of pixels; whether these lie at one distance.
@@ -156,9 +155,8 @@ void run_winograd(const ConvShape& s, const Conv& conv, int m) {
   const int64_t tiles = s.batch * ceil_div(s.out(1), m) * ceil_div(s.out(2), m);
   const int64_t threads = torch::stable::get_num_threads();
   const Grid cut = s.groups >= 2 * threads ? Grid{1, 1} : winograd_grid(s, m, threads);
-  over_groups(s.groups, cut, tiles, 1, s.n, [&](int64_t group, Range r, Range panels) {
-    kernels().conv_winograd(p, group, r, panels);
-  });
+  over_groups(s.groups, cut, tiles, 1, s.n,
+              [&](int64_t group, Range r, Range panels) { kernels().conv_winograd(p, group, r, panels); });
 }
 
 void run_depthwise(const ConvShape& s, const Conv& conv, DType dtype) {

@@ -74,8 +74,8 @@ float value_of(const void* data, DType dtype, int64_t i) {
 }
 
 void pack_for_winograd(const ConvShape& s, const Filters& f, int m, float* out) {
-  WinogradPack p{m, s.groups, s.n, s.c, static_cast<const float*>(f.data), f.group, f.n, f.c, f.kernel[1], f.kernel[2],
-                 out};
+  WinogradPack p{m,   s.groups,    s.n,         s.c, static_cast<const float*>(f.data), f.group, f.n,
+                 f.c, f.kernel[1], f.kernel[2], out};
   Tensor converted;
   if (f.dtype != DType::f32) {
     const Tensor rows = rows_of_filters(s, f, {1, s.c});

@@ -55,8 +55,7 @@ Grid direct_grid(int64_t rows, int64_t taps, int64_t lanes, int64_t panels, int6
   for (int64_t n = 1; n <= most; n++) {
     const int64_t m = most / n;
     const double height = static_cast<double>(ceil_div(rows, m)), width = static_cast<double>(ceil_div(panels, n));
-    const double cost = static_cast<double>(taps) *
-                        (height * 6 + (height + 4) * static_cast<double>(lanes) * width);
+    const double cost = static_cast<double>(taps) * (height * 6 + (height + 4) * static_cast<double>(lanes) * width);
     if (least < 0 || cost < least) {
       least = cost;
       best = {m, n};

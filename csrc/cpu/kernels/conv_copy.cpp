@@ -31,7 +31,7 @@ void transpose(const Matrix& m) {
       const int columns = static_cast<int>(min64(kWidth, m.columns - j));
       IVec r[kWidth];
       if (rows == kWidth && columns == kWidth) {
-        PBM_UNROLL for (int q = 0; q < kWidth; q++) r[q] = as_int(load16<X>(m.x, (j + q) * m.x_row + i));
+  PBM_UNROLL for (int q = 0; q < kWidth; q++) r[q] = as_int(load16<X>(m.x, (j + q) * m.x_row + i));
         transpose16(r);
         PBM_UNROLL for (int q = 0; q < kWidth; q++) store16<Out>(m.out, (i + q) * m.out_row + j, as_float(r[q]));
       } else {

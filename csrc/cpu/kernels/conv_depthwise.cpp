@@ -10,15 +10,15 @@ constexpr int kStrip = 8;
 
 // Where a strip of outputs reads along w, and the rows of the input that its kernel meets.
 struct Strip {
-  const void* x;   // the input pixel of tap 0 of the first output, in the first row
-  int64_t w;       // its index along w, which may lie outside
-  int64_t width;   // of the input
+  const void* x;             // the input pixel of tap 0 of the first output, in the first row
+  int64_t w;                 // its index along w, which may lie outside
+  int64_t width;             // of the input
   int64_t stride, dilation;  // pixels from one output, one tap to the next
   int64_t next, tap;         // the same in elements
   const int64_t* rows;       // elements from x to each row that exists
   const int* row_taps;       // the first tap of each of these
   int row_count;
-  int taps;  // along w
+  int taps;             // along w
   const float* weight;  // [tap][16]
   int channels;         // that exist
 };

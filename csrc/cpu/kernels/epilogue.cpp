@@ -69,9 +69,9 @@ void run(const Gemm& g, const EpilogueTile& t) {
 using RunFn = void (*)(const Gemm&, const EpilogueTile&);
 
 #define PBM_DTYPES(S, A) {run<S, A, DType::f32>, run<S, A, DType::bf16>, run<S, A, DType::f16>, run<S, A, DType::u8>}
-#define PBM_ACTIVATIONS(S)                                                                                \
-  {PBM_DTYPES(S, Activation::none), PBM_DTYPES(S, Activation::relu), PBM_DTYPES(S, Activation::gelu_erf), \
-   PBM_DTYPES(S, Activation::gelu_tanh), PBM_DTYPES(S, Activation::silu), PBM_DTYPES(S, Activation::relu6),   \
+#define PBM_ACTIVATIONS(S)                                                                                          \
+  {PBM_DTYPES(S, Activation::none),      PBM_DTYPES(S, Activation::relu),      PBM_DTYPES(S, Activation::gelu_erf), \
+   PBM_DTYPES(S, Activation::gelu_tanh), PBM_DTYPES(S, Activation::silu),      PBM_DTYPES(S, Activation::relu6),    \
    PBM_DTYPES(S, Activation::hardswish), PBM_DTYPES(S, Activation::leaky_relu)}
 
 }  // namespace

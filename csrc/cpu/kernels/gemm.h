@@ -46,8 +46,8 @@ struct Gemm {
   const void* bias;        // n
   DType bias_dtype;
   Activation activation;
-  float slope;          // of leaky_relu
-  bool residual_first;  // the residual is added before the activation
+  float slope;           // of leaky_relu
+  bool residual_first;   // the residual is added before the activation
   const void* residual;  // like C, with its dtype, or fp32 where C is u8
   int64_t residual_row;
 };

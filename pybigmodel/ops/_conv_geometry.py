@@ -45,7 +45,7 @@ def algorithm_code(algorithm: str, weight: Tensor, dilation: Sequence[int], grou
             "algorithm must be one of auto, direct, winograd2, winograd4, depthwise; got "
             f"{algorithm!r}"
         )
-    return ALGORITHMS[algorithm]
+    return packed_algorithm_code(algorithm)
 
 
 def exact_algorithm(weight: Sequence[int], dilation: Sequence[int], groups: int) -> int:

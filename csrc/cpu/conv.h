@@ -18,6 +18,22 @@ struct ConvGeometry {
   int64_t groups;
 };
 
+// --- shapes: conv_shape.cpp
+
+std::string list_of(const int64_t* values, int64_t count);
+void check_geometry(const char* op, int64_t axes, const Ints& kernel, const ConvGeometry& g);
+// The convolution of an input (N, groups·c, …) with n_all filters of these sizes.
+ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t c, const Ints& kernel,
+                    const ConvGeometry& g);
+Flavour flavour_of(const char* op, const Tensor& input, int64_t precision);
+ConvAlgorithm algorithm_of(const char* op, const ConvShape& shape, Flavour flavour, int64_t value);
+
+inline Ints kernel_of(const Tensor& weight) {
+  Ints kernel;
+  for (int64_t i = 2; i < weight.dim(); i++) kernel.push_back(weight.size(i));
+  return kernel;
+}
+
 // The axis of a tensor (N, C, spatial…) that stands for axis i of (d, h, w), or −1.
 inline int64_t axis_of(int64_t dim, int i) { return i + dim - 3 >= 2 ? i + dim - 3 : -1; }
 
@@ -52,6 +68,8 @@ Tensor empty_image(int64_t dim, int64_t batch, int64_t channels, const int64_t* 
 // In this dtype, with `before` and `after` pixels of zeros around the rows of w.
 ImageView image_of(const char* name, const Tensor& tensor, const int64_t* size, DType dtype, int64_t before = 0,
                    int64_t after = 0);
+// The tensor, or a copy whose pixels lie at one distance.
+Tensor dense(const Tensor& t);
 // Channels-last pixels to a tensor of other strides.
 void copy_image(const Tensor& from, const Tensor& to, const int64_t* size);
 
@@ -68,5 +86,20 @@ Filters filters_of(const Tensor& weight, const ConvShape& shape);
 // The sizes of a packed weight, and the packing.
 void packed_sizes(const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm, int64_t (&sizes)[3]);
 Tensor pack_filters(const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm, const Filters& filters);
+
+// --- running: conv_run.cpp
+
+// What an op does to the accumulators.
+struct ConvEpilogue {
+  std::optional<Tensor> bias, residual;
+  int64_t activation = 0;
+  double slope = 0;
+};
+
+Tensor run_conv(const Tensor& input, const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm,
+                const Tensor& packed, const ConvEpilogue& epilogue, bool channels_last);
+// The transpose of this convolution's matrix: from its outputs (N, groups·n, …) to its inputs, plus a bias.
+Tensor run_transposed(const Tensor& input, const ConvShape& shape, Flavour flavour, const Filters& filters, bool exact,
+                      const std::optional<Tensor>& bias, bool channels_last);
 
 }  // namespace pbm

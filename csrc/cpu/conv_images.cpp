@@ -91,6 +91,15 @@ ImageView image_of(const char* name, const Tensor& tensor, const int64_t* sizes,
   return view;
 }
 
+Tensor dense(const Tensor& t) {
+  int64_t stride = t.size(1);
+  for (int64_t axis = t.dim() - 1; axis >= 2; axis--) {
+    if (t.size(axis) > 1 && t.stride(axis) != stride) return torch::stable::contiguous(t);
+    stride *= t.size(axis);
+  }
+  return t.size(0) > 1 && t.stride(0) != stride ? torch::stable::contiguous(t) : t;
+}
+
 void copy_image(const Tensor& from, const Tensor& to, const int64_t* size) {
   const Strides s = strides_of(to);
   ConvCopy p = copy_from("output", from, size);

@@ -65,8 +65,31 @@ struct WinogradPack {
 // One filter a channel (groups = channels, n = 1); weight: [16 channels][tap][16] fp32, accumulated in fp32.
 struct Depthwise {
   Conv conv;
-  DType dtype;  // of x
+  DType dtype;                                        // of x
+  int64_t kernel[3], stride[3], pad[3], dilation[3];  // pad may be negative
+  int64_t out_batch, out_stride[3];                   // elements: the outputs may lie apart; a residual may not
+};
+
+// Part of a weight gradient: sums over lanes, which are pixels of the output laid out with the rows of the input, so that
+// each tap reads the input at one distance. dy is zero where no output is.
+struct ConvWeightSum {
+  int64_t lanes;
+  const float* dy;  // [n][lane]
+  int64_t dy_row;
+  const float* x;           // [panel of c][lane][16]
+  int64_t x_panel;          // floats
+  const int64_t* distance;  // of each tap, in lanes
+  float* const* sum;        // of each tap: [n][c]
+  int64_t sum_row;
+};
+
+// The same one channel at a time: out[tap][channel] += Σ dy·x over rows of outputs.
+struct DepthwiseWeightSum {
+  int64_t batch, channels, out[3];
+  DType dtype;  // of both
+  ConvImage x, dy;
   int64_t kernel[3], stride[3], pad[3], dilation[3];
+  float* sum;  // [block of 16 channels][tap][16]
 };
 
 // An image to other strides and another dtype, with pixels of zeros before and after each row of w. One of the strides

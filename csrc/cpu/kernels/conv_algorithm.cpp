@@ -12,7 +12,7 @@ bool conv_admits(const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm) {
              s.kernel[1] == 3 && s.kernel[2] == 3 && s.stride[1] == 1 && s.stride[2] == 1 && s.dilation[1] == 1 &&
              s.dilation[2] == 1;
     case ConvAlgorithm::depthwise: return flavour != Flavour::u8s8 && s.c == 1 && s.n == 1;
-    case ConvAlgorithm::direct_rows: return s.groups == 1 && s.dilation[2] == 1;
+    case ConvAlgorithm::direct_rows: return s.groups == 1 && s.dilation[2] == 1 && s.pad_end[2] >= 0;
     default: return true;
   }
 }

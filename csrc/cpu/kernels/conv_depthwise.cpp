@@ -67,7 +67,7 @@ void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
   const auto& of_type = strips[static_cast<int>(p.dtype)];
   // Outputs whose taps along w all lie inside.
   const int64_t reach = (p.kernel[2] - 1) * p.dilation[2];
-  const int64_t inside_begin = min64(ceil_div(p.pad[2], p.stride[2]), width);
+  const int64_t inside_begin = min64(ceil_div(max64(p.pad[2], 0), p.stride[2]), width);
   const int64_t last = x.size[2] - 1 - reach + p.pad[2];
   const int64_t inside_end = last < 0 ? inside_begin : max64(min64(last / p.stride[2] + 1, width), inside_begin);
 
@@ -76,10 +76,15 @@ void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
   int* row_taps = reinterpret_cast<int*>(row_offsets + p.kernel[0] * p.kernel[1]);
   Gemm g = conv.out_rows;
   g.n = channels;
+  g.c_row = p.out_stride[2];
+  const int64_t out_size = size_of(g.c_dtype);
   alignas(64) float out[kStrip * kWidth];
   for (int64_t row = rows.begin; row < rows.end; row++) {
     const int64_t h = row % conv.out[1], d = row / conv.out[1] % conv.out[0], n = row / (conv.out[1] * conv.out[0]);
     const int64_t d0 = d * p.stride[0] - p.pad[0], h0 = h * p.stride[1] - p.pad[1];
+    g.c = static_cast<char*>(conv.out_rows.c) + (n * p.out_batch + d * p.out_stride[0] + h * p.out_stride[1]) * out_size;
+    if (g.residual)
+      g.residual = static_cast<const char*>(conv.out_rows.residual) + row * width * g.residual_row * out_size;
     Strip s;
     s.row_count = 0;
     for (int64_t i = 0; i < p.kernel[0]; i++)
@@ -114,7 +119,7 @@ void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
         s.x = static_cast<const char*>(x.data) + (n * x.batch_stride + s.w * x.stride[2] + c) * size;
         of_type[inside][length - 1](s, out);
         e.rows = static_cast<int>(length);
-        e.row = row * width + w;
+        e.row = w;
         epilogue(g, e);
         w += length;
       }

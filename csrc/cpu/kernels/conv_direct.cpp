@@ -342,7 +342,7 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
           sum.p.ldc = width * kPanel;
           sum.p.soon = tile < width && (more_taps || more_panels) ? next + tile * panel_bytes : 0;
           sum.p.accumulate = tap > 0;
-          bool inside = true;
+          bool inside = taps > 0;
           for (int64_t i = 0; i < height; i++) inside = inside && whole[r + i];
           if (inside || !may_skip)
             sum.add(tap, tap_end, 0, height, width);

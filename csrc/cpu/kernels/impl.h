@@ -44,6 +44,8 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
 void conv_winograd(const Winograd& p, int64_t group, Range tiles, Range panels);
 void conv_depthwise(const Depthwise& p, Range rows, Range blocks);
 void conv_copy(const ConvCopy& p, int64_t begin, int64_t end);
+void conv_weight_sum(const ConvWeightSum& p, Range taps, Range rows, Range panels);
+void depthwise_weight_sum(const DepthwiseWeightSum& p, Range blocks);
 void pack_winograd(const WinogradPack& p, int64_t begin, int64_t end);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);

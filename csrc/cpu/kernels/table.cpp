@@ -22,6 +22,8 @@ const Kernels table = {
     .conv_direct = conv_direct,
     .conv_winograd = conv_winograd,
     .conv_depthwise = conv_depthwise,
+    .conv_weight_sum = conv_weight_sum,
+    .depthwise_weight_sum = depthwise_weight_sum,
     .conv_copy = conv_copy,
     .pack_winograd = pack_winograd,
 };

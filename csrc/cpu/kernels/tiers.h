@@ -37,6 +37,10 @@ struct Kernels {
   void (*conv_winograd)(const Winograd&, int64_t group, Range tiles, Range panels);
   // Output rows (batch, d, h) and blocks of sixteen channels.
   void (*conv_depthwise)(const Depthwise&, Range rows, Range blocks);
+  // Taps, rows of n and panels of c.
+  void (*conv_weight_sum)(const ConvWeightSum&, Range taps, Range rows, Range panels);
+  // Blocks of sixteen channels.
+  void (*depthwise_weight_sum)(const DepthwiseWeightSum&, Range blocks);
   // Rows (batch, d, h).
   void (*conv_copy)(const ConvCopy&, int64_t begin, int64_t end);
   // Panels [begin, end) of all groups.

@@ -311,7 +311,8 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   // Taps whose weights stay in L2 while the rows of a block pass by.
   const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width, 1), 1);
   // What hides taps from a quantised image is its zero point, which the sums of the weights count on.
-  const bool may_skip = flavour != Flavour::u8s8;
+  // Narrow images share a tile with the next one: the order of a pixel's sum would depend on where the tile begins.
+  const bool may_skip = flavour != Flavour::u8s8 && tiling.unit > 1;
 
   for (int64_t r0 = rows.begin; r0 < rows.end;) {
     const int64_t left = ceil_div(rows.end - r0, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);

@@ -34,8 +34,9 @@ def check_dims(op: str, name: str, tensor: Tensor, what: str) -> None:
 
 
 def check_groups(op: str, groups: int, channels: int, what: str = "output channels") -> None:
+    torch._check(groups >= 1, lambda: f"{op}: groups must be at least 1, got {groups}")
     torch._check(
-        groups >= 1 and channels % groups == 0,
+        channels % groups == 0,
         lambda: f"{op}: groups must divide the {channels} {what}, got {groups}",
     )
 
@@ -179,15 +180,24 @@ def check_transposed(
     groups: int,
     precision: int,
 ) -> None:
-    check_weight(op, input, weight)
+    check.check_float(op, "input", input)
+    check.check_dtype(op, "weight", weight, input.dtype)
+    check.check_same_device(op, "weight", weight, input)
     check_dims(op, "input", input, "(N, C, spatial)")
+    check.check_dim(op, "weight", weight, input.dim())
+    torch._check(
+        input.shape[1] == weight.shape[0],
+        lambda: (
+            f"{op}: input must have {weight.shape[0]} channels, as weight has filters, got shape "
+            f"{tuple(input.shape)}"
+        ),
+    )
     axes = input.dim() - 2
     check_list(op, "kernel_size", weight.shape[2:], axes, 1)
     check_list(op, "stride", stride, axes, 1)
     check_list(op, "padding", padding, 2 * axes, 0)
     check_list(op, "dilation", dilation, axes, 1)
     check_groups(op, groups, weight.shape[0], "input channels")
-    check_channels(op, input, groups, weight.shape[0] // groups)
     check.check_range(op, "precision", precision, 2)
 
 
@@ -201,12 +211,35 @@ def transposed_sizes(
     dilation: Sequence[int],
 ) -> list[int]:
     """The spatial sizes of the output; there is at least a pixel."""
+    check_list(op, "output_padding", output_padding, input.dim() - 2, 0)
     sizes = []
     for axis, size in enumerate(input.shape[2:]):
-        pads = padding[2 * axis] + padding[2 * axis + 1]
-        whole = (size - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
-        sizes.append(whole + output_padding[axis] - pads)
+        step, more, spread = stride[axis], output_padding[axis], dilation[axis]
+        _check_output_padding(op, more, step, spread)
+        cut = padding[2 * axis] + padding[2 * axis + 1]
+        sizes.append((size - 1) * step - cut + spread * (kernel[axis] - 1) + more + 1)
+        _check_left(op, input, sizes[-1])
     return sizes
+
+
+def _check_output_padding(op: str, more: int, stride: int, dilation: int) -> None:
+    torch._check(
+        more < stride or more < dilation,
+        lambda: (
+            f"{op}: output_padding must be at least 0 and less than stride or dilation, got {more} "
+            f"beside stride {stride} and dilation {dilation}"
+        ),
+    )
+
+
+def _check_left(op: str, input: Tensor, size: int) -> None:
+    torch._check(
+        size > 0,
+        lambda: (
+            f"{op}: padding leaves nothing of the output: its size would be {size}, input has "
+            f"shape {tuple(input.shape)}"
+        ),
+    )
 
 
 def check_transposed_output(
@@ -219,7 +252,29 @@ def check_transposed_output(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    """Of any output_padding: it is not among the arguments."""
-    check.check_dtype(op, "grad_output", grad_output, input.dtype)
-    check.check_same_device(op, "grad_output", grad_output, input)
-    check.check_dim(op, "grad_output", grad_output, input.dim())
+    """Of any output_padding, which is not among the arguments of the backward op."""
+    torch._check(
+        grad_output.dim() == input.dim(),
+        lambda: (
+            f"{op}: grad_output must have as many dimensions as input (3, 4 or 5), got "
+            f"{tuple(grad_output.shape)}"
+        ),
+    )
+    channels = weight.shape[1] * groups
+    shape = (input.shape[0], channels, *grad_output.shape[2:])
+    check_output_like(op, "grad_output", grad_output, input, shape)
+    for axis, size in enumerate(grad_output.shape[2:]):
+        padded = size + padding[2 * axis] + padding[2 * axis + 1]
+        reach = (weight.shape[axis + 2] - 1) * dilation[axis] + 1
+        needed = (input.shape[axis + 2] - 1) * stride[axis] + reach
+        _check_belongs(op, input, grad_output, padded >= needed)
+
+
+def _check_belongs(op: str, input: Tensor, grad_output: Tensor, fits: bool) -> None:
+    torch._check(
+        fits,
+        lambda: (
+            f"{op}: input of shape {tuple(input.shape)} does not belong to grad_output of shape "
+            f"{tuple(grad_output.shape)}"
+        ),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def per_axis(op: str, name: str, value: Ints, axes: int) -> list[int]:
     """One entry an axis; as torch has it, a sequence of one stands for all."""
     if isinstance(value, int):
         return [value] * axes
-    entries = list(value)
+    entries = list(value) if isinstance(value, Sequence) else []
     if len(entries) == 1:
         entries *= axes
     if len(entries) != axes or not all(isinstance(entry, int) for entry in entries):
@@ -89,10 +89,10 @@ def sides(
             return _sides_of_same(op, *same)
         words = ", 'same', 'valid'" if same else ""
         raise ValueError(f"{op}: padding must be an int{words} or one an axis, got {padding!r}")
-    entries = list(padding)
+    entries = list(padding) if isinstance(padding, Sequence) else []
     if len(entries) == 1:
         entries *= axes
-    pairs = [[entry, entry] if isinstance(entry, int) else list(entry) for entry in entries]
+    pairs: list[list[Any]] = [list(e) if isinstance(e, Sequence) else [e, e] for e in entries]
     flat = [side for pair in pairs if len(pair) == 2 for side in pair]
     if len(pairs) != axes or len(flat) != 2 * axes or not all(isinstance(s, int) for s in flat):
         raise ValueError(

@@ -20,7 +20,6 @@ from pybigmodel.ops._conv_checks import (
     check_conv_activation,
     check_dims,
     check_groups,
-    check_list,
     check_output_like,
     check_transposed,
     check_transposed_output,
@@ -220,7 +219,6 @@ def _conv_transpose_fake(
 ) -> Tensor:
     op = "conv_transpose"
     check_transposed(op, input, weight, stride, padding, dilation, groups, precision)
-    check_list(op, "output_padding", output_padding, input.dim() - 2, 0)
     check.check_bias(op, input, weight.shape[1] * groups, bias)
     geometry = (stride, padding, output_padding, dilation)
     sizes = transposed_sizes(op, input, weight.shape[2:], *geometry)

@@ -345,6 +345,7 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
           sum.p.accumulate = tap > 0;
           bool inside = taps > 0;
           for (int64_t i = 0; i < height; i++) inside = inside && whole[r + i];
+          if (taps == 0) std::memset(sum.p.c, 0, static_cast<size_t>(height * width) * 64);  // pixels that no tap reaches
           if (inside || !may_skip)
             sum.add(tap, tap_end, 0, height, width);
           else

@@ -96,9 +96,9 @@ def conv2d(
 
     Numerics: fp32 accumulation, direct in chains of at most 256 terms (512 in bf16) that are then
     added up, depthwise in one chain; one rounding to the output's dtype. Depthwise products are
-    float32 ones in every precision. Winograd's error is at most
-    ``3e-6·max|x|·Σ|w|`` (F(2×2)) and ``2e-5·max|x|·Σ|w|`` (F(4×4)), Σ over the weights of an output
-    channel; of normally distributed tensors 4 and 15 times that of the direct sum, see
+    float32 ones in every precision. Winograd's error is at most ``1e-6·max|x|·Σ|w|`` (F(2×2)) and
+    ``4e-5·max|x|·Σ|w|`` (F(4×4)), Σ over the weights of an output channel; of normally distributed
+    tensors it is 5e-7 and 3.5e-6 of the result, up to 2 and 12 times that of the direct sum; see
     docs/numerics.md. A NaN or ∞ in the image spoils the outputs that see it; under Winograd those
     of the tiles that do, and magnitudes above 1e36 may overflow. Under autograd, activation and
     residual run as torch ops on the rounded result. bfloat16 products treat subnormals as zero on

@@ -263,3 +263,12 @@ def image_layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 def poison(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """What lies between the elements of a view."""
     return torch.full(shape, torch.nan, dtype=like.dtype)
+
+
+def winograd_bound(algorithm: int) -> float:
+    """Of the error, in units of max|x|·Σ|w|, as conv2d's docstring states it."""
+    return {WINOGRAD2: 1e-6, WINOGRAD4: 4e-5}[algorithm]
+
+
+# Relative Frobenius errors of normally distributed tensors, as docs/numerics.md has them.
+WINOGRAD_RELATIVE = {WINOGRAD2: 8e-7, WINOGRAD4: 4e-6}

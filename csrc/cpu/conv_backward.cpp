@@ -5,114 +5,7 @@
 namespace pbm {
 namespace {
 
-int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-
 // --- the gradient of the weight --------------------------------------------------------------------------------------
-
-// One axis of the pixels: outputs, and the inputs of one remainder by the stride, at one pitch. Place u holds output u
-// and input (u + low)·stride + remainder.
-struct Axis {
-  int64_t low, size, pitch = 1;
-
-  Axis(const ConvShape& s, int axis) {
-    const int64_t reach = (s.kernel[axis] - 1) * s.dilation[axis];
-    low = floor_div(-s.pad[axis], s.stride[axis]);
-    size = s.out(axis) + floor_div(reach - s.pad[axis], s.stride[axis]) - low;
-  }
-};
-
-// The pixels of one image, row by row, with what the taps reach beyond the outputs.
-struct Lattice {
-  Axis axes[3];
-  int64_t pitch;  // from one image to the next
-  int64_t lanes;  // of an image up to its last output
-
-  explicit Lattice(const ConvShape& s) : axes{{s, 0}, {s, 1}, {s, 2}} {
-    axes[1].pitch = axes[2].size;
-    axes[0].pitch = axes[1].pitch * axes[1].size;
-    pitch = axes[0].pitch * axes[0].size;
-    lanes = 1;
-    for (int axis = 0; axis < 3; axis++) lanes += (s.out(axis) - 1) * axes[axis].pitch;
-  }
-};
-
-// Taps that read inputs of the same remainders.
-struct TapPhase {
-  int64_t remainder[3];
-  std::vector<int64_t> taps, distance;
-};
-
-std::vector<TapPhase> tap_phases(const ConvShape& s, const Lattice& lattice) {
-  std::vector<TapPhase> phases;
-  for (int64_t t = 0; t < s.taps(); t++) {
-    const int64_t tap[3] = {t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
-    TapPhase here{};
-    int64_t distance = 0;
-    for (int axis = 0; axis < 3; axis++) {
-      const int64_t at = tap[axis] * s.dilation[axis] - s.pad[axis], shift = floor_div(at, s.stride[axis]);
-      here.remainder[axis] = at - shift * s.stride[axis];
-      distance += (shift - lattice.axes[axis].low) * lattice.axes[axis].pitch;
-    }
-    TapPhase* phase = nullptr;
-    for (TapPhase& p : phases)
-      if (!std::memcmp(p.remainder, here.remainder, sizeof here.remainder)) phase = &p;
-    if (!phase) phase = &phases.emplace_back(here);
-    phase->taps.push_back(t);
-    phase->distance.push_back(distance);
-  }
-  return phases;
-}
-
-// Channels [c, c + 16) of some images' inputs of these remainders, 16 floats a lane; the rest stays as it is.
-void fill_panel(const ConvShape& s, const Lattice& lattice, const TapPhase& phase, const ImageView& x, int64_t image,
-                int64_t images, int64_t c, int64_t channels, float* out) {
-  ConvCopy p{};
-  p.batch = images;
-  p.channels = channels;
-  p.x_dtype = dtype_of(x.tensor);
-  p.x_batch = x.image.batch_stride;
-  p.x_channel = p.out_channel = 1;
-  p.out_dtype = DType::f32;
-  p.out_batch = lattice.pitch * kPanel;
-  int64_t from = image * p.x_batch + c;
-  for (int axis = 0; axis < 3; axis++) {
-    const Axis& a = lattice.axes[axis];
-    const int64_t stride = s.stride[axis], first = a.low * stride + phase.remainder[axis];
-    const int64_t skipped = first < 0 ? ceil_div(-first, stride) : 0, start = first + skipped * stride;
-    const int64_t there = start < s.in[axis] ? ceil_div(s.in[axis] - start, stride) : 0;
-    p.size[axis] = there < a.size - skipped ? there : a.size - skipped;
-    if (p.size[axis] <= 0) return;
-    p.x_stride[axis] = x.image.stride[axis] * stride;
-    p.out_stride[axis] = a.pitch * kPanel;
-    from += start * x.image.stride[axis];
-    out += skipped * a.pitch * kPanel;
-  }
-  p.x = static_cast<const char*>(x.image.data) + from * size_of(p.x_dtype);
-  p.out = out;
-  kernels().conv_copy(p, 0, p.batch * p.size[0] * p.size[1]);
-}
-
-// Some images' gradients of channels [n, n + count), a row of lanes each.
-void fill_rows(const Lattice& lattice, const ImageView& dy, int64_t image, int64_t images, int64_t n, int64_t count,
-               float* out, int64_t row) {
-  ConvCopy p{};
-  p.batch = images;
-  p.channels = count;
-  p.x_dtype = dtype_of(dy.tensor);
-  p.x = static_cast<const char*>(dy.image.data) + (image * dy.image.batch_stride + n) * size_of(p.x_dtype);
-  p.x_batch = dy.image.batch_stride;
-  p.x_channel = 1;
-  p.out = out;
-  p.out_dtype = DType::f32;
-  p.out_batch = lattice.pitch;
-  p.out_channel = row;
-  for (int axis = 0; axis < 3; axis++) {
-    p.size[axis] = dy.image.size[axis];
-    p.x_stride[axis] = dy.image.stride[axis];
-    p.out_stride[axis] = lattice.axes[axis].pitch;
-  }
-  kernels().conv_copy(p, 0, images * p.size[0] * p.size[1]);
-}
 
 Tensor zeroed(int64_t floats) {
   Tensor t = empty_cpu(&floats, 1, ScalarType::Float);
@@ -159,131 +52,186 @@ void write_weight(const ConvShape& s, const Sums& sums, int64_t group, const Ten
   });
 }
 
-// How the sums are cut over threads: filters where there are enough, else taps, else panels.
-void run_sums(const ConvWeightSum& p, int64_t taps, int64_t n, int64_t panels) {
+// Sums of dy and x over some pixels, for each tap: what is read stays in L2 while filters and channels pass by, and the
+// rounding error is that of so many terms.
+constexpr int64_t kPixelsAtOnce = 256;
+
+// Outputs w that tap `at` (its distance from the output's first input) sees inside of a row.
+Range seen(const ConvShape& s, int axis, int64_t at) {
+  const int64_t first = at < 0 ? ceil_div(-at, s.stride[axis]) : 0;
+  const int64_t end = at >= s.in[axis] ? 0 : (s.in[axis] - 1 - at) / s.stride[axis] + 1;
+  return {first, end < s.out(axis) ? end : s.out(axis)};
+}
+
+struct Images {
+  const float *dy, *x;  // of the group
+  ConvImage dy_image, x_image;
+};
+
+// The stretches of outputs (image, d, h) from `row` to `end` that tap t sees.
+void stretches_of(const ConvShape& s, const Images& images, int64_t t, Range rows,
+                  std::vector<WeightSum::Stretch>* stretches) {
+  const int64_t tap[3] = {t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
+  int64_t at[3];
+  for (int axis = 0; axis < 3; axis++) at[axis] = tap[axis] * s.dilation[axis] - s.pad[axis];
+  const Range d_seen = seen(s, 0, at[0]), h_seen = seen(s, 1, at[1]), w_seen = seen(s, 2, at[2]);
+  stretches->clear();
+  if (w_seen.begin >= w_seen.end) return;
+  for (int64_t row = rows.begin; row < rows.end; row++) {
+    const int64_t h = row % s.out(1), d = row / s.out(1) % s.out(0), image = row / (s.out(1) * s.out(0));
+    if (h < h_seen.begin || h >= h_seen.end || d < d_seen.begin || d >= d_seen.end) continue;
+    const ConvImage &x = images.x_image, &dy = images.dy_image;
+    stretches->push_back({images.dy + image * dy.batch_stride + d * dy.stride[0] + h * dy.stride[1] +
+                              w_seen.begin * dy.stride[2],
+                          images.x + image * x.batch_stride + (d * s.stride[0] + at[0]) * x.stride[0] +
+                              (h * s.stride[1] + at[1]) * x.stride[1] +
+                              (w_seen.begin * s.stride[2] + at[2]) * x.stride[2],
+                          w_seen.end - w_seen.begin});
+  }
+}
+
+// How filters, channels and taps are cut over threads: filters where there are enough, else taps, else channels.
+struct Cut {
+  Range taps, n, panels;
+
+  Cut(const ConvShape& s, int64_t threads, int64_t i) {
+    const int64_t all = ceil_div(s.c, kPanel);
+    const bool by_n = s.n >= 8 * threads, by_taps = !by_n && s.taps() >= 2 * threads;
+    taps = by_taps ? part(s.taps(), 1, threads, i) : Range{0, s.taps()};
+    n = by_n ? part(s.n, 1, threads, i) : Range{0, s.n};
+    panels = by_n || by_taps ? Range{0, all} : part(all, 1, threads, i);
+  }
+};
+
+template <class F>
+void over_threads(const F& f) {
   const int64_t threads = torch::stable::get_num_threads();
-  const bool by_n = n >= 8 * threads, by_taps = !by_n && taps >= 2 * threads;
   parallel(threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range t = by_taps ? part(taps, 1, threads, i) : Range{0, taps};
-      const Range r = by_n ? part(n, 1, threads, i) : Range{0, n};
-      const Range j = by_n || by_taps ? Range{0, panels} : part(panels, 1, threads, i);
-      kernels().conv_weight_sum(p, t, r, j);
-    }
+    for (int64_t i = begin; i < end; i++) f(threads, i);
   });
 }
 
-// Lanes that are laid out at a time.
-constexpr int64_t kLanesAtOnce = 8192;
+Images images_of(const ConvShape& s, const ImageView& x, const ImageView& dy, int64_t group) {
+  return {static_cast<const float*>(dy.image.data) + group * s.n, static_cast<const float*>(x.image.data) + group * s.c,
+          dy.image, x.image};
+}
 
 void taps_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
-  const Lattice lattice(s);
-  const std::vector<TapPhase> phases = tap_phases(s, lattice);
-  const int64_t panels = ceil_div(s.c, kPanel), fit = kLanesAtOnce / lattice.pitch;
-  const int64_t images = fit < 1 ? 1 : fit < s.batch ? fit : s.batch;
-  // An odd number of cache lines from one row to the next.
-  const int64_t lanes = images * lattice.pitch, row = (ceil_div(lanes, 16) | 1) * 16;
-  const int64_t panel = lanes * kPanel, phase_floats = panels * panel;
-  const Tensor x_panels = zeroed(static_cast<int64_t>(phases.size()) * phase_floats), dy_rows = zeroed(s.n * row);
-  float *xp = static_cast<float*>(x_panels.mutable_data_ptr()), *rows = static_cast<float*>(dy_rows.mutable_data_ptr());
-  const Sums shape{nullptr, s.n * panels * kPanel, panels * kPanel};
+  const int64_t sum_row = ceil_div(s.c, kPanel) * kPanel, sum_tap = s.n * sum_row, rows = s.batch * s.out(0) * s.out(1);
+  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
   for (int64_t group = 0; group < s.groups; group++) {
-    const Tensor sums = zeroed(s.taps() * shape.tap);
+    const Images images = images_of(s, x, dy, group);
+    const Tensor sums = zeroed(s.taps() * sum_tap);
     float* sum = static_cast<float*>(sums.mutable_data_ptr());
-    for (int64_t image = 0; image < s.batch; image += images) {
-      const int64_t count = images < s.batch - image ? images : s.batch - image;
-      const int64_t x_items = static_cast<int64_t>(phases.size()) * panels;
-      in_parallel(x_items + ceil_div(s.n, kPanel), [&](int64_t i) {
-        if (i < x_items) {
-          const int64_t c = i % panels * kPanel, channels = s.c - c < kPanel ? s.c - c : kPanel;
-          fill_panel(s, lattice, phases[static_cast<size_t>(i / panels)], x, image, count, group * s.c + c, channels,
-                     xp + i * panel);
-        } else {
-          const int64_t n = (i - x_items) * kPanel, filters = s.n - n < kPanel ? s.n - n : kPanel;
-          fill_rows(lattice, dy, image, count, group * s.n + n, filters, rows + n * row, row);
+    over_threads([&](int64_t threads, int64_t i) {
+      const Cut cut(s, threads, i);
+      std::vector<WeightSum::Stretch> stretches;
+      for (int64_t row = 0; row < rows; row += rows_at_once)
+        for (int64_t t = cut.taps.begin; t < cut.taps.end; t++) {
+          stretches_of(s, images, t, {row, row + rows_at_once < rows ? row + rows_at_once : rows}, &stretches);
+          const WeightSum p{stretches.data(), static_cast<int64_t>(stretches.size()), dy.image.stride[2],
+                            x.image.stride[2] * s.stride[2], s.c, sum + t * sum_tap, sum_row};
+          if (p.count) kernels().conv_weight_sum(p, cut.n, cut.panels);
         }
-      });
-      for (size_t i = 0; i < phases.size(); i++) {
-        std::vector<float*> to;
-        for (const int64_t t : phases[i].taps) to.push_back(sum + t * shape.tap);
-        ConvWeightSum p{};
-        p.lanes = (count - 1) * lattice.pitch + lattice.lanes;
-        p.dy = rows;
-        p.dy_row = row;
-        p.x = xp + static_cast<int64_t>(i) * phase_floats;
-        p.x_panel = panel;
-        p.distance = phases[i].distance.data();
-        p.sum = to.data();
-        p.sum_row = shape.row;
-        run_sums(p, static_cast<int64_t>(to.size()), s.n, panels);
-      }
-    }
-    write_weight(s, {sum, shape.tap, shape.row}, group, out);
+    });
+    write_weight(s, {sum, sum_tap, sum_row}, group, out);
   }
 }
 
-// Images of few channels: everything that an output sees is one lane of the panels, taps and channels side by side.
-void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
-  const int64_t columns = s.taps() * s.c, panels = ceil_div(columns, kPanel);
-  const int64_t pixels = s.out(0) * s.out(1) * s.out(2), fit = kLanesAtOnce / pixels;
-  const int64_t images = fit < 1 ? 1 : fit < s.batch ? fit : s.batch;
-  const int64_t lanes = images * pixels, row = (ceil_div(lanes, 16) | 1) * 16, panel = lanes * kPanel;
-  ConvShape still = s;  // outputs without what lies between them
-  for (int axis = 0; axis < 3; axis++) {
-    still.in[axis] = s.out(axis);
-    still.kernel[axis] = still.stride[axis] = still.dilation[axis] = 1;
-    still.pad[axis] = still.pad_end[axis] = 0;
-  }
-  const Lattice lattice(still);
-  const Tensor x_panels = zeroed(panels * panel), dy_rows = zeroed(s.n * row), sums = zeroed(s.n * panels * kPanel);
-  float *xp = static_cast<float*>(x_panels.mutable_data_ptr()), *rows = static_cast<float*>(dy_rows.mutable_data_ptr());
-  float* sum = static_cast<float*>(sums.mutable_data_ptr());
-  const float* image_data = static_cast<const float*>(x.image.data);
-  const int64_t row_outputs = s.out(2), output_rows = s.out(0) * s.out(1);
-
-  // What the outputs of one row see.
-  const auto fill_patches = [&](int64_t image, int64_t slot, int64_t r) {
-    const int64_t d = r / s.out(1) * s.stride[0] - s.pad[0], h = r % s.out(1) * s.stride[1] - s.pad[1];
-    float patch[1024];
-    for (int64_t w = 0; w < row_outputs; w++) {
-      float* to = patch;
-      for (int64_t i = 0; i < s.kernel[0]; i++)
-        for (int64_t j = 0; j < s.kernel[1]; j++) {
-          const int64_t at_d = d + i * s.dilation[0], at_h = h + j * s.dilation[1];
-          const bool there = at_d >= 0 && at_d < s.in[0] && at_h >= 0 && at_h < s.in[1];
-          // Rows of the image have their padding with them.
-          const float* from = image_data + image * x.image.batch_stride + at_d * x.image.stride[0] +
-                              at_h * x.image.stride[1] + w * s.stride[2] * x.image.stride[2];
-          for (int64_t q = 0; q < s.kernel[2]; q++)
-            for (int64_t c = 0; c < s.c; c++) *to++ = there ? from[q * s.dilation[2] * x.image.stride[2] + c] : 0.f;
-        }
-      while (to < patch + panels * kPanel) *to++ = 0.f;
-      const int64_t lane = slot * pixels + r * row_outputs + w;
-      for (int64_t p = 0; p < panels; p++) std::memcpy(xp + p * panel + lane * kPanel, patch + p * kPanel, 64);
+// Winograd's tiles of x and dy, the sums of their products at each of the (m + 2)² places, and from these the filters.
+void winograd_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, int m, const Tensor& out) {
+  constexpr int64_t kTileBytes = int64_t{4} << 20;
+  const int64_t places = (m + 2) * (m + 2), tiles = s.batch * ceil_div(s.out(1), m) * ceil_div(s.out(2), m);
+  const int64_t c = ceil_div(s.c, kPanel) * kPanel, n = ceil_div(s.n, kPanel) * kPanel;
+  WinogradTiles g{};
+  g.p.m = m;
+  g.p.pad[0] = s.pad[1];
+  g.p.pad[1] = s.pad[2];
+  g.p.conv.c = s.c;
+  g.p.conv.x = x.image;
+  for (int axis = 0; axis < 3; axis++) g.p.conv.out[axis] = s.out(axis);
+  g.dy = dy.image;
+  g.n = s.n;
+  g.x_row = c + kPanel;  // an odd number of cache lines, mostly
+  g.dy_row = n + kPanel;
+  const int64_t fit = kTileBytes / (places * (g.x_row + g.dy_row) * 4), most = fit < 1 ? 1 : fit < tiles ? fit : tiles;
+  g.x_next = most * g.x_row;
+  g.dy_next = most * g.dy_row;
+  const int64_t floats = places * (g.x_next + g.dy_next), sum_place = s.n * c, nine = 9 * sum_place;
+  const Tensor transformed = empty_cpu(&floats, 1, ScalarType::Float), filters = empty_cpu(&nine, 1, ScalarType::Float);
+  float *const x_tiles = static_cast<float*>(transformed.mutable_data_ptr()), *const dy_tiles = x_tiles + places * g.x_next;
+  for (int64_t group = 0; group < s.groups; group++) {
+    const Tensor sums = zeroed(places * sum_place);
+    float *sum = static_cast<float*>(sums.mutable_data_ptr()), *nines = static_cast<float*>(filters.mutable_data_ptr());
+    for (int64_t t = 0; t < tiles; t += most) {
+      const int64_t count = most < tiles - t ? most : tiles - t;
+      over_threads([&](int64_t threads, int64_t i) {
+        const Range r = part(count, 1, threads, i);
+        WinogradTiles mine = g;
+        mine.x_tiles = x_tiles + r.begin * g.x_row;
+        mine.dy_tiles = dy_tiles + r.begin * g.dy_row;
+        kernels().winograd_gradient_tiles(mine, group, {t + r.begin, t + r.end});
+      });
+      in_parallel(places, [&](int64_t place) {
+        const WeightSum::Stretch stretch{dy_tiles + place * g.dy_next, x_tiles + place * g.x_next, count};
+        const WeightSum p{&stretch, 1, g.dy_row, g.x_row, c, sum + place * sum_place, c};
+        kernels().conv_weight_sum(p, {0, s.n}, {0, c / kPanel});
+      });
     }
-  };
-
-  for (int64_t image = 0; image < s.batch; image += images) {
-    const int64_t count = images < s.batch - image ? images : s.batch - image;
-    in_parallel(count * output_rows,
-                [&](int64_t i) { fill_patches(image + i / output_rows, i / output_rows, i % output_rows); });
-    in_parallel(ceil_div(s.n, kPanel), [&](int64_t i) {
-      const int64_t n = i * kPanel, filters = s.n - n < kPanel ? s.n - n : kPanel;
-      fill_rows(lattice, dy, image, count, n, filters, rows + n * row, row);
+    in_parallel(s.n, [&](int64_t k) {
+      kernels().winograd_gradient_output(m, sum + k * c, sum_place, nines + k * c, sum_place, c);
     });
-    const int64_t nothing = 0;
-    ConvWeightSum p{};
-    p.lanes = count * pixels;
-    p.dy = rows;
-    p.dy_row = row;
-    p.x = xp;
-    p.x_panel = panel;
-    p.distance = &nothing;
-    p.sum = &sum;
-    p.sum_row = panels * kPanel;
-    run_sums(p, 1, s.n, panels);
+    write_weight(s, {nines, sum_place, c}, group, out);
   }
-  write_weight(s, {sum, s.c, panels * kPanel}, 0, out);
+}
+
+// Images of few channels: what an output sees, taps and channels side by side, is one row of a matrix.
+void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
+  const int64_t columns = ceil_div(s.taps() * s.c, kPanel) * kPanel, rows = s.batch * s.out(0) * s.out(1);
+  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
+  const float *image_data = static_cast<const float*>(x.image.data), *dy_data = static_cast<const float*>(dy.image.data);
+  const int64_t threads = torch::stable::get_num_threads(), sum_floats = s.n * columns;
+  const Tensor sums = zeroed(threads * sum_floats);
+  float* sum = static_cast<float*>(sums.mutable_data_ptr());
+
+  const auto fill_patch = [&](int64_t row, int64_t w, float* to) {
+    const int64_t h = row % s.out(1) * s.stride[1] - s.pad[1];
+    const int64_t d = row / s.out(1) % s.out(0) * s.stride[0] - s.pad[0], image = row / (s.out(1) * s.out(0));
+    const float* end = to + columns;
+    for (int64_t i = 0; i < s.kernel[0]; i++)
+      for (int64_t j = 0; j < s.kernel[1]; j++) {
+        const int64_t at_d = d + i * s.dilation[0], at_h = h + j * s.dilation[1];
+        const bool there = at_d >= 0 && at_d < s.in[0] && at_h >= 0 && at_h < s.in[1];
+        // Rows of the image have their padding with them.
+        const float* from = image_data + image * x.image.batch_stride + at_d * x.image.stride[0] +
+                            at_h * x.image.stride[1] + w * s.stride[2] * x.image.stride[2];
+        for (int64_t q = 0; q < s.kernel[2]; q++)
+          for (int64_t c = 0; c < s.c; c++) *to++ = there ? from[q * s.dilation[2] * x.image.stride[2] + c] : 0.f;
+      }
+    while (to < end) *to++ = 0.f;
+  };
+  // Each thread its rows, and its sums.
+  over_threads([&](int64_t all, int64_t i) {
+    const Range mine = part(rows, 1, all, i);
+    std::vector<float> patches(static_cast<size_t>(rows_at_once * s.out(2) * columns));
+    std::vector<WeightSum::Stretch> stretches;
+    for (int64_t row = mine.begin; row < mine.end; row += rows_at_once) {
+      stretches.clear();
+      for (int64_t r = row; r < mine.end && r < row + rows_at_once; r++) {
+        float* patch = patches.data() + (r - row) * s.out(2) * columns;
+        for (int64_t w = 0; w < s.out(2); w++) fill_patch(r, w, patch + w * columns);
+        const int64_t h = r % s.out(1), d = r / s.out(1) % s.out(0), image = r / (s.out(1) * s.out(0));
+        stretches.push_back({dy_data + image * dy.image.batch_stride + d * dy.image.stride[0] + h * dy.image.stride[1],
+                             patch, s.out(2)});
+      }
+      const WeightSum p{stretches.data(), static_cast<int64_t>(stretches.size()), dy.image.stride[2], columns, columns,
+                        sum + i * sum_floats, columns};
+      kernels().conv_weight_sum(p, {0, s.n}, {0, columns / kPanel});
+    }
+  });
+  for (int64_t i = 1; i < threads; i++)
+    for (int64_t k = 0; k < sum_floats; k++) sum[k] += sum[i * sum_floats + k];
+  write_weight(s, {sum, s.c, columns}, 0, out);
 }
 
 void depthwise_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
@@ -313,8 +261,14 @@ void depthwise_gradient(const ConvShape& s, const ImageView& x, const ImageView&
   }
 }
 
-// Images with channels innermost and in the dtype that the weight has.
-Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const ConvShape& s, const Tensor& weight) {
+// Where the sums of all places stay in the last-level cache, and the tiles are not mostly border.
+bool worth_winograd(const ConvShape& s) {
+  return s.c >= kPanel && s.n >= kPanel && 36 * s.c * s.n * 4 <= int64_t{12} << 20 && s.out(1) >= 4 && s.out(2) >= 4;
+}
+
+// The products are computed in fp32, whatever the tensors' dtype.
+Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const ConvShape& s, const Tensor& weight,
+                       bool exact) {
   int64_t sizes[5];
   for (int64_t i = 0; i < weight.dim(); i++) sizes[i] = weight.size(i);
   const Tensor out = empty_cpu(sizes, weight.dim(), weight.scalar_type());
@@ -324,15 +278,21 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const Con
     std::memset(out.mutable_data_ptr(), 0, static_cast<size_t>(out.numel() * size_of(dtype_of(out))));
     return out;
   }
-  const DType dtype = dtype_of(input);
-  const ImageView dy = image_of("grad_output", grad_output, out_size, dtype);
-  const bool few = s.groups == 1 && s.c < kPanel && s.taps() > 1 && s.taps() * s.c <= 1008 && s.pad_end[2] >= 0;
-  if (few) {
-    patches_gradient(s, image_of("input", input, s.in, DType::f32, s.pad[2], s.pad_end[2]), dy, out);
+  if (s.groups > 1 && s.c == 1 && s.n == 1) {
+    const DType dtype = dtype_of(input);
+    depthwise_gradient(s, image_of("input", input, s.in, dtype), image_of("grad_output", grad_output, out_size, dtype),
+                       out);
     return out;
   }
-  const ImageView x = image_of("input", input, s.in, dtype);
-  s.groups > 1 && s.c == 1 && s.n == 1 ? depthwise_gradient(s, x, dy, out) : taps_gradient(s, x, dy, out);
+  const ImageView dy = image_of("grad_output", grad_output, out_size, DType::f32);
+  const bool few = s.groups == 1 && s.c < kPanel && s.taps() > 1 && s.pad_end[2] >= 0;
+  const ImageView x = image_of("input", input, s.in, DType::f32, few ? s.pad[2] : 0, few ? s.pad_end[2] : 0);
+  if (few)
+    patches_gradient(s, x, dy, out);
+  else if (!exact && conv_admits(s, Flavour::f32, ConvAlgorithm::winograd4) && worth_winograd(s))
+    winograd_gradient(s, x, dy, 4, out);
+  else
+    taps_gradient(s, x, dy, out);
   return out;
 }
 
@@ -398,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
   return {need_input
               ? run_transposed(grad_output, s, flavour, filters_of(weight, s), exact, std::nullopt, channels_last)
               : none(input.scalar_type()),
-          need_weight ? weight_gradient(input, grad_output, s, weight) : none(input.scalar_type()),
+          need_weight ? weight_gradient(input, grad_output, s, weight, exact) : none(input.scalar_type()),
           need_bias ? bias_gradient(grad_output) : none(ScalarType::Float)};
 }
 
@@ -491,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_ou
     return run_conv(grad_output, s, flavour, chosen, packed, {}, channels_last);
   };
   return {need_input ? grad_input() : none(input.scalar_type()),
-          need_weight ? weight_gradient(grad_output, input, s, weight) : none(input.scalar_type()),
+          need_weight ? weight_gradient(grad_output, input, s, weight, false) : none(input.scalar_type()),
           need_bias ? bias_gradient(grad_output) : none(ScalarType::Float)};
 }
 

@@ -62,6 +62,16 @@ struct WinogradPack {
   float* out;
 };
 
+// Winograd's tiles of dy, as A dy Aᵀ, and of x, as Bᵀ d B, for a weight gradient: [place][tile][channel].
+struct WinogradTiles {
+  Winograd p;    // conv.x is the input; conv.out and pad are the convolution's
+  ConvImage dy;  // in fp32
+  int64_t n;     // channels of a group of dy
+  float *x_tiles, *dy_tiles;
+  int64_t x_row, dy_row;    // floats from one tile to the next
+  int64_t x_next, dy_next;  // from one place to the next
+};
+
 // One filter a channel (groups = channels, n = 1); weight: [16 channels][tap][16] fp32, accumulated in fp32.
 struct Depthwise {
   Conv conv;
@@ -70,16 +80,18 @@ struct Depthwise {
   int64_t out_batch, out_stride[3];                   // elements: the outputs may lie apart; a residual may not
 };
 
-// Part of a weight gradient: sums over lanes, which are pixels of the output laid out with the rows of the input, so that
-// each tap reads the input at one distance. dy is zero where no output is.
-struct ConvWeightSum {
-  int64_t lanes;
-  const float* dy;  // [n][lane]
-  int64_t dy_row;
-  const float* x;           // [panel of c][lane][16]
-  int64_t x_panel;          // floats
-  const int64_t* distance;  // of each tap, in lanes
-  float* const* sum;        // of each tap: [n][c]
+// A part of a weight gradient, sum[n][c] += Σ dy·x: over stretches of pixels (or of Winograd's tiles), whose channels lie
+// side by side, dy_lane and x_lane floats from one pixel to the next.
+struct WeightSum {
+  struct Stretch {
+    const float *dy, *x;
+    int64_t lanes;
+  };
+  const Stretch* stretches;
+  int64_t count;
+  int64_t dy_lane, x_lane;
+  int64_t c;  // channels of x that exist; sum's rows are filled up to whole panels
+  float* sum;
   int64_t sum_row;
 };
 

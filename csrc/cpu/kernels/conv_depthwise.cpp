@@ -1,4 +1,5 @@
-// One filter a channel: sixteen channels at a time, a strip of output pixels in registers.
+// One filter a channel: sixteen channels at a time, a strip of output pixels in registers. Rows of the input come to the
+// L1 cache first, in fp32 and with their padding, so that no output is a special case.
 #include "common/scratch.h"
 #include "cpu/kernels/convert.h"
 #include "cpu/kernels/impl.h"
@@ -8,121 +9,163 @@ namespace {
 
 constexpr int kStrip = 8;
 
-// Where a strip of outputs reads along w, and the rows of the input that its kernel meets.
-struct Strip {
-  const void* x;             // the input pixel of tap 0 of the first output, in the first row
-  int64_t w;                 // its index along w, which may lie outside
-  int64_t width;             // of the input
-  int64_t stride, dilation;  // pixels from one output, one tap to the next
-  int64_t next, tap;         // the same in elements
-  const int64_t* rows;       // elements from x to each row that exists
-  const int* row_taps;       // the first tap of each of these
-  int row_count;
-  int taps;             // along w
-  const float* weight;  // [tap][16]
-  int channels;         // that exist
+// Sixteen channels of one row of outputs; distances in floats.
+struct Row {
+  const float* const* rows;      // of the input, from tap 0 of output 0 on; those that exist
+  const float* const* weights;   // the first tap of each of these: [tap][16]
+  int64_t row_count;
+  int64_t taps;       // along w
+  int64_t next, tap;  // from one output, one tap to the next
+  float* out;
+  int64_t out_next;
+  int channels;  // that are written
+  // At once with the sums, where they are all there is to do.
+  const float* bias;
+  float low, high;
 };
 
-template <DType T, int S, bool Inside>
-void run_strip(const Strip& p, float* out) {
+// Outputs [w, w + S).
+template <int S>
+void run_strip(const Row& p, int64_t w) {
   Vec acc[S];
   PBM_UNROLL for (int s = 0; s < S; s++) acc[s] = zero();
-  for (int r = 0; r < p.row_count; r++) {
-    const float* weight = p.weight + p.row_taps[r] * kWidth;
-    for (int q = 0; q < p.taps; q++) {
-      const Vec w = load(weight + q * kWidth);
-      const int64_t first = p.rows[r] + q * p.tap;
-      PBM_UNROLL for (int s = 0; s < S; s++) {
-        const int64_t at = first + s * p.next;
-        if constexpr (Inside) {
-          acc[s] = fmadd(load16<T>(p.x, at), w, acc[s]);
-        } else {
-          const int64_t column = p.w + q * p.dilation + s * p.stride;
-          if (static_cast<uint64_t>(column) < static_cast<uint64_t>(p.width))
-            acc[s] = fmadd(load16_n<T>(p.x, at, p.channels), w, acc[s]);
-        }
-      }
+  for (int64_t r = 0; r < p.row_count; r++) {
+    const float *x = p.rows[r] + w * p.next, *weight = p.weights[r];
+    for (int64_t q = 0; q < p.taps; q++, x += p.tap, weight += kWidth) {
+      const Vec v = load(weight);
+      PBM_UNROLL for (int s = 0; s < S; s++) acc[s] = fmadd(load(x + s * p.next), v, acc[s]);
     }
   }
-  PBM_UNROLL for (int s = 0; s < S; s++) store(out + s * kWidth, acc[s]);
+  const Vec bias = p.bias ? load_n(p.bias, p.channels) : zero(), low = set1(p.low), high = set1(p.high);
+  float* out = p.out + w * p.out_next;
+  PBM_UNROLL for (int s = 0; s < S; s++) {
+    const Vec y = vmin(high, vmax(low, add(acc[s], bias)));  // NaN stays: the second operand
+    p.channels == kWidth ? store(out + s * p.out_next, y) : store_n(out + s * p.out_next, y, p.channels);
+  }
 }
 
-using StripFn = void (*)(const Strip&, float*);
+using StripFn = void (*)(const Row&, int64_t w);
+constexpr StripFn kStrips[kStrip] = {run_strip<1>, run_strip<2>, run_strip<3>, run_strip<4>,
+                                     run_strip<5>, run_strip<6>, run_strip<7>, run_strip<8>};
 
-#define PBM_LENGTHS(T, I)                                                                               \
-  {run_strip<T, 1, I>, run_strip<T, 2, I>, run_strip<T, 3, I>, run_strip<T, 4, I>, run_strip<T, 5, I>, \
-   run_strip<T, 6, I>, run_strip<T, 7, I>, run_strip<T, 8, I>}
-#define PBM_STRIPS(T) {PBM_LENGTHS(T, false), PBM_LENGTHS(T, true)}
+void run_row(const Row& p, int64_t width) {
+  for (int64_t w = 0, length; w < width; w += length) {
+    length = ceil_div(width - w, ceil_div(width - w, kStrip));
+    kStrips[length - 1](p, w);
+  }
+}
+
+// Rows of the input, sixteen channels of them, between zeros; the last few that were asked for.
+class Window {
+ public:
+  explicit Window(const Depthwise& p)
+      : p_(p),
+        pixels_((p.conv.out[2] - 1) * p.stride[2] + (p.kernel[2] - 1) * p.dilation[2] + 1),
+        height_(max64((p.kernel[1] - 1) * p.dilation[1] + 1, 1)),
+        slots_(max64(p.kernel[0], 1) * height_) {
+    const int64_t floats = max64(pixels_, 1) * kWidth;
+    const size_t bytes = static_cast<size_t>(slots_) * (static_cast<size_t>(floats) * sizeof(float) + sizeof(int64_t));
+    data_ = static_cast<float*>(scratch(ScratchSlot::a_rows, bytes));
+    held_ = reinterpret_cast<int64_t*>(data_ + slots_ * floats);
+    std::memset(data_, 0, static_cast<size_t>(slots_ * floats) * sizeof(float));
+    // Pixels of a row that are in the window, [first, last).
+    first_ = max64(-p.pad[2], 0);
+    last_ = min64(p.conv.x.size[2], pixels_ - p.pad[2]);
+  }
+
+  // Forget the rows of another block of channels.
+  void start(int64_t block) {
+    c_ = block * kWidth;
+    channels_ = static_cast<int>(min64(kWidth, p_.conv.groups - c_));
+    for (int64_t i = 0; i < slots_; i++) held_[i] = -1;
+  }
+
+  const float* row(int64_t image, int64_t tap_d, int64_t d, int64_t h) {
+    const ConvImage& x = p_.conv.x;
+    const int64_t slot = tap_d * height_ + h % height_, id = (image * x.size[0] + d) * x.size[1] + h;
+    float* to = data_ + slot * pixels_ * kWidth;
+    if (held_[slot] == id) return to;
+    held_[slot] = id;
+    const int64_t from = image * x.batch_stride + d * x.stride[0] + h * x.stride[1] + c_;
+    with_float_dtype(p_.dtype, [&]<DType T>() {
+      float* out = to + (first_ + p_.pad[2]) * kWidth;
+      for (int64_t w = first_; w < last_; w++, out += kWidth)
+        store(out, load16_n<T>(x.data, from + w * x.stride[2], channels_));
+    });
+    return to;
+  }
+
+ private:
+  const Depthwise& p_;
+  const int64_t pixels_, height_, slots_;
+  int64_t first_, last_, c_ = 0;
+  int channels_ = 0;
+  float* data_;
+  int64_t* held_;
+};
+
+bool is_cut(Activation a) { return a == Activation::none || a == Activation::relu || a == Activation::relu6; }
 
 }  // namespace
 
 // Output rows (batch, d, h) × blocks of sixteen channels.
 void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
-  static const StripFn strips[3][2][kStrip] = {PBM_STRIPS(DType::f32), PBM_STRIPS(DType::bf16),
-                                               PBM_STRIPS(DType::f16)};
   note_kernel("conv_depthwise." PBM_TIER_NAME);
+  constexpr float kInfinity = __builtin_inff();
   const Conv& conv = p.conv;
-  const ConvImage& x = conv.x;
-  const int64_t channels = conv.groups, width = conv.out[2], size = size_of(p.dtype);
-  const auto& of_type = strips[static_cast<int>(p.dtype)];
-  // Outputs whose taps along w all lie inside.
-  const int64_t reach = (p.kernel[2] - 1) * p.dilation[2];
-  const int64_t inside_begin = min64(ceil_div(max64(p.pad[2], 0), p.stride[2]), width);
-  const int64_t last = x.size[2] - 1 - reach + p.pad[2];
-  const int64_t inside_end = last < 0 ? inside_begin : max64(min64(last / p.stride[2] + 1, width), inside_begin);
-
-  int64_t* row_offsets = static_cast<int64_t*>(scratch(
-      ScratchSlot::a_rows, static_cast<size_t>(p.kernel[0] * p.kernel[1]) * (sizeof(int64_t) + sizeof(int))));
-  int* row_taps = reinterpret_cast<int*>(row_offsets + p.kernel[0] * p.kernel[1]);
+  const int64_t width = conv.out[2], kernel_rows = p.kernel[0] * p.kernel[1];
   Gemm g = conv.out_rows;
-  g.n = channels;
-  g.c_row = p.out_stride[2];
   const int64_t out_size = size_of(g.c_dtype);
-  alignas(64) float out[kStrip * kWidth];
-  for (int64_t row = rows.begin; row < rows.end; row++) {
-    const int64_t h = row % conv.out[1], d = row / conv.out[1] % conv.out[0], n = row / (conv.out[1] * conv.out[0]);
-    const int64_t d0 = d * p.stride[0] - p.pad[0], h0 = h * p.stride[1] - p.pad[1];
-    g.c = static_cast<char*>(conv.out_rows.c) + (n * p.out_batch + d * p.out_stride[0] + h * p.out_stride[1]) * out_size;
-    if (g.residual)
-      g.residual = static_cast<const char*>(conv.out_rows.residual) + row * width * g.residual_row * out_size;
-    Strip s;
-    s.row_count = 0;
-    for (int64_t i = 0; i < p.kernel[0]; i++)
-      for (int64_t j = 0; j < p.kernel[1]; j++) {
-        const int64_t at_d = d0 + i * p.dilation[0], at_h = h0 + j * p.dilation[1];
-        if (at_d < 0 || at_d >= x.size[0] || at_h < 0 || at_h >= x.size[1]) continue;
-        row_offsets[s.row_count] = at_d * x.stride[0] + at_h * x.stride[1];
-        row_taps[s.row_count++] = static_cast<int>((i * p.kernel[1] + j) * p.kernel[2]);
-      }
-    s.rows = row_offsets;
-    s.row_taps = row_taps;
-    s.width = x.size[2];
-    s.stride = p.stride[2];
-    s.dilation = p.dilation[2];
-    s.next = p.stride[2] * x.stride[2];
-    s.tap = p.dilation[2] * x.stride[2];
-    s.taps = static_cast<int>(p.kernel[2]);
-    for (int64_t block = blocks.begin; block < blocks.end; block++) {
-      const int64_t c = block * kWidth;
-      s.channels = static_cast<int>(min64(kWidth, channels - c));
-      s.weight = static_cast<const float*>(conv.weight) + c * conv.taps;
+  const bool at_once = is_cut(g.activation) && g.c_dtype == DType::f32 && !g.residual && (!g.bias || g.bias_dtype == DType::f32);
+  g.n = conv.groups;
+  g.c_row = p.out_stride[2];
+  // An epilogue's: the sums of a row, then the two lists.
+  float* later = static_cast<float*>(scratch(
+      ScratchSlot::accumulators, static_cast<size_t>(width * kWidth) * sizeof(float) + static_cast<size_t>(2 * kernel_rows) * 8));
+  const float** lists = reinterpret_cast<const float**>(later + width * kWidth);
+
+  Row r{};
+  r.rows = lists;
+  r.weights = lists + kernel_rows;
+  r.taps = p.kernel[2];
+  r.next = p.stride[2] * kWidth;
+  r.tap = p.dilation[2] * kWidth;
+  r.low = at_once && g.activation != Activation::none ? 0.f : -kInfinity;
+  r.high = at_once && g.activation == Activation::relu6 ? 6.f : kInfinity;
+  Window window(p);
+  for (int64_t block = blocks.begin; block < blocks.end; block++) {
+    const int64_t c = block * kWidth;
+    const float* weight = static_cast<const float*>(conv.weight) + c * conv.taps;
+    const int channels = static_cast<int>(min64(kWidth, conv.groups - c));
+    window.start(block);
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+      const int64_t h = row % conv.out[1], d = row / conv.out[1] % conv.out[0], n = row / (conv.out[1] * conv.out[0]);
+      r.row_count = 0;
+      for (int64_t i = 0; i < p.kernel[0]; i++)
+        for (int64_t j = 0; j < p.kernel[1]; j++) {
+          const int64_t at_d = d * p.stride[0] - p.pad[0] + i * p.dilation[0];
+          const int64_t at_h = h * p.stride[1] - p.pad[1] + j * p.dilation[1];
+          if (at_d < 0 || at_d >= conv.x.size[0] || at_h < 0 || at_h >= conv.x.size[1]) continue;
+          lists[r.row_count] = window.row(n, i, at_d, at_h);
+          lists[kernel_rows + r.row_count++] = weight + (i * p.kernel[1] + j) * p.kernel[2] * kWidth;
+        }
+      const int64_t at = n * p.out_batch + d * p.out_stride[0] + h * p.out_stride[1];
+      r.out = at_once ? static_cast<float*>(conv.out_rows.c) + at + c : later;
+      r.out_next = at_once ? g.c_row : kWidth;
+      r.channels = at_once ? channels : kWidth;
+      r.bias = at_once && g.bias ? static_cast<const float*>(g.bias) + c : nullptr;
+      run_row(r, width);
+      if (at_once) continue;
+      g.c = static_cast<char*>(conv.out_rows.c) + at * out_size;
+      if (g.residual)
+        g.residual = static_cast<const char*>(conv.out_rows.residual) + row * width * g.residual_row * out_size;
       EpilogueTile e{};
-      e.acc = out;
+      e.acc = later;
       e.ld_acc = kWidth;
+      e.rows = static_cast<int>(width);
       e.col = c;
-      e.columns = s.channels;
-      for (int64_t w = 0; w < width;) {
-        const bool inside = s.channels == kWidth && w >= inside_begin && w < inside_end;
-        const int64_t end = w < inside_begin ? inside_begin : w < inside_end ? inside_end : width;
-        const int64_t length = min64(end - w, kStrip);
-        s.w = w * p.stride[2] - p.pad[2];
-        s.x = static_cast<const char*>(x.data) + (n * x.batch_stride + s.w * x.stride[2] + c) * size;
-        of_type[inside][length - 1](s, out);
-        e.rows = static_cast<int>(length);
-        e.row = w;
-        epilogue(g, e);
-        w += length;
-      }
+      e.columns = channels;
+      epilogue(g, e);
     }
   }
 }

@@ -14,6 +14,16 @@ constexpr int64_t sum_lanes(Flavour f) { return f == Flavour::bf16 && PBM_TIER_L
 // Weights that one block of rows meets before the next part of them: they stay in L2.
 constexpr int64_t kWeightBytes = int64_t{320} << 10;
 
+// What is done to accumulators that need no more than this, while they are in registers.
+struct Finish {
+  float* out;
+  int64_t out_row;
+  const float* bias;
+  const float* residual;
+  int64_t residual_row;
+  float low, high;  // what the activation cuts off
+};
+
 // A few rows times a few panels, over some taps and a part of their lanes.
 struct RowProduct {
   const char* const* rows;  // [row][tap]
@@ -28,7 +38,23 @@ struct RowProduct {
   void* c;
   int64_t ldc;  // elements
   bool accumulate;
+  const Finish* finish;  // null: the accumulators go to c
 };
+
+template <int MR, int NV>
+PBM_INLINE void finish_rows(const RowProduct& p, Vec (&acc)[MR][NV]) {
+  const Finish& f = *p.finish;
+  const Vec low = set1(f.low), high = set1(f.high);
+  const float* c = static_cast<const float*>(p.c);
+  PBM_UNROLL for (int j = 0; j < NV; j++) {
+    const Vec bias = f.bias ? load(f.bias + j * kWidth) : zero();
+    PBM_UNROLL for (int i = 0; i < MR; i++) {
+      Vec y = add(p.accumulate ? add(load(c + i * p.ldc + j * kWidth), acc[i][j]) : acc[i][j], bias);
+      if (f.residual) y = add(y, load(f.residual + i * f.residual_row + j * kWidth));
+      store(f.out + i * f.out_row + j * kWidth, vmin(high, vmax(low, y)));  // NaN stays: the second operand
+    }
+  }
+}
 
 template <Flavour F, int MR, int NV>
 void row_product(const RowProduct& p) {
@@ -62,6 +88,8 @@ void row_product(const RowProduct& p) {
       multiply_rows<D, MR, NV>(acc, from, 0, b, b_panel);
     }
   }
+  if constexpr (F != Flavour::u8s8)
+    if (p.finish) return finish_rows<MR, NV>(p, acc);
   PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++)
     D::put(static_cast<char*>(p.c) + (i * p.ldc + j * 16) * 4, acc[i][j], p.accumulate);
 }
@@ -177,6 +205,25 @@ class Output {
     }
   }
 
+  // Whether columns [col, col + columns) of rows from `row` on can be finished in registers, and how.
+  bool finish(int64_t row, int64_t col, int64_t columns, Finish* f) const {
+    const bool clamps =
+        g_.activation == Activation::none || g_.activation == Activation::relu || g_.activation == Activation::relu6;
+    if (!whole_ || !clamps || g_.c_dtype != DType::f32 || col + columns > g_.n ||
+        (g_.bias && g_.bias_dtype != DType::f32) || (g_.residual && !g_.residual_first))
+      return false;
+    constexpr float kInfinity = __builtin_inff();
+    f->out = static_cast<float*>(g_.c) + row * g_.c_row + col;
+    f->out_row = g_.c_row;
+    f->bias = g_.bias ? static_cast<const float*>(g_.bias) + col : nullptr;
+    f->residual =
+        g_.residual ? static_cast<const float*>(g_.residual) + row * g_.residual_row + col : nullptr;
+    f->residual_row = g_.residual_row;
+    f->low = g_.activation == Activation::none ? -kInfinity : 0.f;
+    f->high = g_.activation == Activation::relu6 ? 6.f : kInfinity;
+    return true;
+  }
+
   // Rows from `row` of the grid on, at most a tile of them.
   void put(int64_t row, int64_t rows, int64_t col, int64_t columns, const char* acc, const int32_t* sums,
            int64_t sums_panel) const {
@@ -256,8 +303,8 @@ struct TileSum {
   const char* zeros;
   RowProduct p;  // of the tile's first row
 
-  // Taps [tap, tap_end) of rows [row, row_end).
-  void add(int64_t tap, int64_t tap_end, int64_t row, int64_t row_end, int64_t panels) {
+  // Taps [tap, tap_end) of rows [row, row_end); `finish`, where it is not null, after the last.
+  void add(int64_t tap, int64_t tap_end, int64_t row, int64_t row_end, int64_t panels, const Finish* finish = nullptr) {
     const int64_t most = flavour == Flavour::u8s8 ? lanes : sum_lanes(flavour), per_lane = k_per_lane(flavour);
     const int64_t taps_at_once = max64(most / max64(lanes, 1), 1);
     const int64_t lanes_at_once = lanes <= most ? max64(lanes, 1) : ceil_div(lanes, ceil_div(lanes, most));
@@ -271,6 +318,7 @@ struct TileSum {
         x.b += lane * kGroupBytes;
         x.k = min64(lanes_at_once * per_lane, c - lane * per_lane);
         x.c = static_cast<char*>(p.c) + row * p.ldc * 4;
+        x.finish = t + taps_at_once >= tap_end && lane + lanes_at_once >= lanes ? finish : nullptr;
         row_product(x, flavour, row_end - row, panels);
         p.accumulate = true;
       }
@@ -310,9 +358,9 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, panels.end - panels.begin);
   // Taps whose weights stay in L2 while the rows of a block pass by.
   const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width, 1), 1);
-  // What hides taps from a quantised image is its zero point, which the sums of the weights count on.
-  // Narrow images share a tile with the next one: the order of a pixel's sum would depend on where the tile begins.
-  const bool may_skip = flavour != Flavour::u8s8 && tiling.unit > 1;
+  // What hides taps from a quantised image is its zero point, which the sums of the weights count on. Narrow images share
+  // a tile with the next one: the order of a pixel's sum would depend on where the tile begins.
+  const bool quantised = flavour == Flavour::u8s8, may_skip = !quantised && tiling.unit > 1;
 
   for (int64_t r0 = rows.begin; r0 < rows.end;) {
     const int64_t left = ceil_div(rows.end - r0, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
@@ -345,12 +393,15 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
           sum.p.accumulate = tap > 0;
           bool inside = taps > 0;
           for (int64_t i = 0; i < height; i++) inside = inside && whole[r + i];
-          if (taps == 0) std::memset(sum.p.c, 0, static_cast<size_t>(height * width) * 64);  // pixels that no tap reaches
-          if (inside || !may_skip)
-            sum.add(tap, tap_end, 0, height, width);
+          const bool all_taps = inside || (taps > 0 && !may_skip);
+          Finish finish;
+          const bool at_once = tap_end == taps && all_taps && !quantised &&
+                               output.finish(r0 + r, j * kPanel, width * kPanel, &finish);
+          if (all_taps)
+            sum.add(tap, tap_end, 0, height, width, at_once ? &finish : nullptr);
           else
             sum.add_visible(tap, tap_end, height, width);
-          if (tap_end == taps)
+          if (tap_end == taps && !at_once)
             output.put(r0 + r, height, j * kPanel, width * kPanel, static_cast<char*>(sum.p.c),
                        reinterpret_cast<const int32_t*>(b + conv.taps * tap_bytes), panel_bytes / 4);
           r += height;

@@ -5,37 +5,60 @@
 namespace pbm::PBM_TIER {
 namespace {
 
-// Lanes whose inputs and gradients stay in L2 while every tap and tile passes by. Sums are added to memory after each,
-// which bounds the rounding error too.
-constexpr int64_t kLanes = 512;
+template <int MR, int NV, bool Tail>
+void outer_product(const WeightSum& p, int64_t n, int64_t c) {
+  const int last = Tail ? static_cast<int>(p.c - c - (NV - 1) * kWidth) : kWidth;
+  Vec acc[MR][NV];
+  PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = zero();
+  for (int64_t s = 0; s < p.count; s++) {
+    const float *dy = p.stretches[s].dy + n, *x = p.stretches[s].x + c;
+    for (int64_t l = 0; l < p.stretches[s].lanes; l++, dy += p.dy_lane, x += p.x_lane) {
+      Vec v[NV];
+      PBM_UNROLL for (int j = 0; j < NV; j++)
+        v[j] = Tail && j == NV - 1 ? load_n(x + j * kWidth, last) : load(x + j * kWidth);
+      PBM_UNROLL for (int i = 0; i < MR; i++) {
+        const Vec g = set1(dy[i]);
+        PBM_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fmadd(g, v[j], acc[i][j]);
+      }
+    }
+  }
+  float* sum = p.sum + n * p.sum_row + c;
+  PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++) {
+    float* to = sum + i * p.sum_row + j * kWidth;
+    store(to, add(load(to), acc[i][j]));
+  }
+}
+
+using OuterFn = void (*)(const WeightSum&, int64_t n, int64_t c);
+
+template <int MR, int NV, bool Tail>
+constexpr OuterFn outer_or_null() {
+  if constexpr (MR <= (NV <= kTile.panels ? kTile.max_rows : kTile.wide_rows)) return outer_product<MR, NV, Tail>;
+  return nullptr;
+}
+
+#define PBM_OUTER(MR)                                                                                 \
+  {{outer_or_null<MR, 1, false>(), outer_or_null<MR, 2, false>(), outer_or_null<MR, 3, false>(),       \
+    outer_or_null<MR, 4, false>()},                                                                    \
+   {outer_or_null<MR, 1, true>(), outer_or_null<MR, 2, true>(), outer_or_null<MR, 3, true>(), \
+    outer_or_null<MR, 4, true>()}}
 
 constexpr int kTaps = 7;  // of a row of the kernel, whose sums are in registers
 
 }  // namespace
 
-void conv_weight_sum(const ConvWeightSum& p, Range taps, Range rows, Range panels) {
-  note_kernel("conv_weight_gradient_f32." PBM_TIER_NAME);
-  for (int64_t lane = 0; lane < p.lanes; lane += kLanes)
-    for (int64_t j = panels.begin, width; j < panels.end; j += width) {
-      width = min64(kTile.wide_panels, panels.end - j);
-      const int64_t tallest = width <= kTile.panels ? kTile.max_rows : kTile.wide_rows;
-      for (int64_t t = taps.begin; t < taps.end; t++)
-        for (int64_t r = rows.begin, height; r < rows.end; r += height) {
-          height = ceil_div(rows.end - r, ceil_div(rows.end - r, tallest));
-          Brgemm b{};
-          b.a = reinterpret_cast<const char*>(p.dy + r * p.dy_row + lane);
-          b.lda = p.dy_row * 4;
-          b.b = reinterpret_cast<const char*>(p.x + j * p.x_panel + (p.distance[t] + lane) * kPanel);
-          b.b_panel = p.x_panel * 4;
-          b.batch = 1;
-          b.k = min64(kLanes, p.lanes - lane);
-          b.c = p.sum[t] + r * p.sum_row + j * kPanel;
-          b.ldc = p.sum_row;
-          b.accumulate = true;
-          b.soon = b.b;
-          brgemm(b, Flavour::f32, static_cast<int>(height), static_cast<int>(width));
-        }
+void conv_weight_sum(const WeightSum& p, Range rows, Range panels) {
+  static const OuterFn products[8][2][4] = {PBM_OUTER(1), PBM_OUTER(2), PBM_OUTER(3), PBM_OUTER(4),
+                                            PBM_OUTER(5), PBM_OUTER(6), PBM_OUTER(7), PBM_OUTER(8)};
+  for (int64_t j = panels.begin, width; j < panels.end; j += width) {
+    width = min64(kTile.wide_panels, panels.end - j);
+    const bool tail = (j + width) * kPanel > p.c;
+    const int64_t tallest = width <= kTile.panels ? kTile.max_rows : kTile.wide_rows;
+    for (int64_t n = rows.begin, height; n < rows.end; n += height) {
+      height = ceil_div(rows.end - n, ceil_div(rows.end - n, tallest));
+      products[height - 1][tail][width - 1](p, n, j * kPanel);
     }
+  }
 }
 
 namespace {

@@ -27,6 +27,12 @@ struct Transform<2> {
     o[0] = add(add(m[0], m[1]), m[2]);
     o[1] = sub(sub(m[1], m[2]), m[3]);
   }
+  PBM_INLINE void gradient(const Vec* d, Vec* o) {  // the transpose of output
+    o[0] = d[0];
+    o[1] = add(d[0], d[1]);
+    o[2] = sub(d[0], d[1]);
+    o[3] = sub(zero(), d[1]);
+  }
 };
 
 template <>
@@ -54,6 +60,16 @@ struct Transform<4> {
     o[1] = fmadd(set1(2), u, d);
     o[2] = fmadd(set1(4), t, s);
     o[3] = add(fmadd(set1(8), u, d), m[5]);
+  }
+  PBM_INLINE void gradient(const Vec* d, Vec* o) {  // the transpose of output
+    const Vec even = add(d[0], d[2]), odd = add(d[1], d[3]);
+    const Vec far_even = fmadd(set1(4), d[2], d[0]), far_odd = fmadd(set1(8), d[3], mul(set1(2), d[1]));
+    o[0] = d[0];
+    o[1] = add(even, odd);
+    o[2] = sub(even, odd);
+    o[3] = add(far_even, far_odd);
+    o[4] = sub(far_even, far_odd);
+    o[5] = d[3];
   }
 };
 
@@ -222,36 +238,130 @@ void run(const Winograd& p, int64_t group, Range tiles, Range panels) {
   }
 }
 
-// U = G g Gᵀ, in double and rounded once.
+// Sixteen filters of sixteen channels as they lie in memory, channel by channel; zeros where there are none.
+void gather_filters(const WinogradPack& p, int64_t group, int64_t n, int64_t c, float (&out)[kPanel][kWidth * 9]) {
+  for (int64_t j = 0; j < kPanel; j++)
+    for (int64_t i = 0; i < kWidth; i++) {
+      float* to = out[j] + i * 9;
+      if (n + j >= p.n || c + i >= p.c) {
+        std::memset(to, 0, 9 * sizeof(float));
+        continue;
+      }
+      const float* from = p.w + group * p.w_group + (n + j) * p.w_n + (c + i) * p.w_c;
+      for (int64_t h = 0; h < 3; h++)
+        for (int64_t w = 0; w < 3; w++) to[h * 3 + w] = from[h * p.w_h + w * p.w_w];
+    }
+}
+
+// G g Gᵀ of sixteen filters' channel; g is [tap][filter].
+template <int M>
+PBM_INLINE void transform_filter(const Vec* g, float* out, int64_t next) {
+  constexpr int T = M + 2;
+  constexpr const double(&G)[T][3] = Transform<M>::kG;
+  Vec half[T][3];
+  PBM_UNROLL for (int i = 0; i < T; i++) PBM_UNROLL for (int w = 0; w < 3; w++) {
+    half[i][w] = mul(set1(static_cast<float>(G[i][0])), g[w]);
+    half[i][w] = fmadd(set1(static_cast<float>(G[i][1])), g[3 + w], half[i][w]);
+    half[i][w] = fmadd(set1(static_cast<float>(G[i][2])), g[6 + w], half[i][w]);
+  }
+  PBM_UNROLL for (int i = 0; i < T; i++) PBM_UNROLL for (int j = 0; j < T; j++) {
+    Vec u = mul(set1(static_cast<float>(G[j][0])), half[i][0]);
+    u = fmadd(set1(static_cast<float>(G[j][1])), half[i][1], u);
+    u = fmadd(set1(static_cast<float>(G[j][2])), half[i][2], u);
+    store(out + (i * T + j) * next, u);
+  }
+}
+
 template <int M>
 void pack(const WinogradPack& p, int64_t begin, int64_t end) {
-  constexpr int T = M + 2;
-  const double(&G)[T][3] = Transform<M>::kG;
-  const int64_t panels = ceil_div(p.n, kPanel), panel_floats = T * T * p.c * kPanel;
+  constexpr int kPlaces = (M + 2) * (M + 2);
+  const int64_t panels = ceil_div(p.n, kPanel), next = p.c * kPanel;
+  alignas(64) float filters[kPanel][kWidth * 9], turned[kWidth * 9][kPanel];
   for (int64_t panel = begin; panel < end; panel++) {
-    float* out = p.out + panel * panel_floats;
-    const int64_t group = panel / panels, first = panel % panels * kPanel;
-    for (int64_t c = 0; c < p.c; c++)
-      for (int64_t j = 0; j < kPanel; j++) {
-        double half[T][3] = {};
-        if (first + j < p.n) {
-          const int64_t at = group * p.w_group + (first + j) * p.w_n + c * p.w_c;
-          for (int i = 0; i < T; i++)
-            for (int q = 0; q < 3; q++)
-              for (int s = 0; s < 3; s++)
-                half[i][q] += G[i][s] * p.w[at + s * p.w_h + q * p.w_w];
-        }
-        for (int i = 0; i < T; i++)
-          for (int q = 0; q < T; q++) {
-            double u = 0;
-            for (int s = 0; s < 3; s++) u += half[i][s] * G[q][s];
-            out[((i * T + q) * p.c + c) * kPanel + j] = static_cast<float>(u);
-          }
+    float* out = p.out + panel * kPlaces * next;
+    for (int64_t c = 0; c < p.c; c += kWidth) {
+      gather_filters(p, panel / panels, panel % panels * kPanel, c, filters);
+      for (int k = 0; k < 9; k++) {
+        IVec r[kWidth];
+        PBM_UNROLL for (int j = 0; j < kWidth; j++) r[j] = iload(filters[j] + k * kWidth);
+        transpose16(r);
+        PBM_UNROLL for (int j = 0; j < kWidth; j++) istore(turned[k * kWidth + j], r[j]);
       }
+      for (int64_t i = 0; i < min64(kWidth, p.c - c); i++) {
+        Vec g[9];
+        PBM_UNROLL for (int t = 0; t < 9; t++) g[t] = load(turned[i * 9 + t]);
+        transform_filter<M>(g, out + (c + i) * kPanel, next);
+      }
+    }
+  }
+}
+
+// A dy Aᵀ of one tile and 16 channels, of which n exist.
+template <int M>
+PBM_INLINE void transform_gradient(const ConvImage& dy, const float* from, int64_t rows, int64_t columns, int n,
+                                   float* out, int64_t next) {
+  constexpr int T = M + 2;
+  Vec half[T][M];  // [row][column]
+  PBM_UNROLL for (int j = 0; j < M; j++) {
+    Vec column[M], o[T];
+    PBM_UNROLL for (int i = 0; i < M; i++)
+      column[i] = i < rows && j < columns ? load_n(from + i * dy.stride[1] + j * dy.stride[2], n) : zero();
+    Transform<M>::gradient(column, o);
+    PBM_UNROLL for (int i = 0; i < T; i++) half[i][j] = o[i];
+  }
+  PBM_UNROLL for (int i = 0; i < T; i++) {
+    Vec o[T];
+    Transform<M>::gradient(half[i], o);
+    PBM_UNROLL for (int j = 0; j < T; j++) store(out + (i * T + j) * next, o[j]);
+  }
+}
+
+template <int M>
+void gradient_tiles(const WinogradTiles& g, int64_t group, Range tiles) {
+  transform_tiles<M>(g.p, group, tiles, g.x_tiles, g.x_row, g.x_next);
+  const Conv& conv = g.p.conv;
+  for (int64_t t = tiles.begin; t < tiles.end; t++) {
+    const Tile tile = tile_at<M>(g.p, t);
+    const float* dy = static_cast<const float*>(g.dy.data) + tile.batch * g.dy.batch_stride + group * g.n +
+                      tile.h * g.dy.stride[1] + tile.w * g.dy.stride[2];
+    float* out = g.dy_tiles + (t - tiles.begin) * g.dy_row;
+    for (int64_t c = 0; c < g.n; c += kWidth)
+      transform_gradient<M>(g.dy, dy + c, conv.out[1] - tile.h, conv.out[2] - tile.w,
+                            static_cast<int>(min64(kWidth, g.n - c)), out + c, g.dy_next);
+  }
+}
+
+// Gᵀ M G.
+template <int M>
+void gradient_output(const float* sums, int64_t next, float* out, int64_t out_next, int64_t count) {
+  constexpr int T = M + 2;
+  constexpr const double(&G)[T][3] = Transform<M>::kG;
+  for (int64_t at = 0; at < count; at += kWidth) {
+    Vec half[3][T];
+    PBM_UNROLL for (int j = 0; j < T; j++) PBM_UNROLL for (int w = 0; w < 3; w++) {
+      half[w][j] = zero();
+      PBM_UNROLL for (int i = 0; i < T; i++)
+        half[w][j] = fmadd(set1(static_cast<float>(G[i][w])), load(sums + (i * T + j) * next + at), half[w][j]);
+    }
+    PBM_UNROLL for (int h = 0; h < 3; h++) PBM_UNROLL for (int w = 0; w < 3; w++) {
+      Vec y = zero();
+      PBM_UNROLL for (int j = 0; j < T; j++) y = fmadd(set1(static_cast<float>(G[j][w])), half[h][j], y);
+      store(out + (h * 3 + w) * out_next + at, y);
+    }
   }
 }
 
 }  // namespace
+
+void winograd_gradient_tiles(const WinogradTiles& p, int64_t group, Range tiles) {
+  note_kernel(p.p.m == 2 ? "conv_winograd2_weight_gradient_f32." PBM_TIER_NAME
+                         : "conv_winograd4_weight_gradient_f32." PBM_TIER_NAME);
+  p.p.m == 2 ? gradient_tiles<2>(p, group, tiles) : gradient_tiles<4>(p, group, tiles);
+}
+
+void winograd_gradient_output(int m, const float* sums, int64_t next, float* out, int64_t out_next, int64_t count) {
+  m == 2 ? gradient_output<2>(sums, next, out, out_next, count) : gradient_output<4>(sums, next, out, out_next, count);
+}
 
 void conv_winograd(const Winograd& p, int64_t group, Range tiles, Range panels) {
   note_kernel(p.m == 2 ? "conv_winograd2_f32." PBM_TIER_NAME : "conv_winograd4_f32." PBM_TIER_NAME);

@@ -44,7 +44,9 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
 void conv_winograd(const Winograd& p, int64_t group, Range tiles, Range panels);
 void conv_depthwise(const Depthwise& p, Range rows, Range blocks);
 void conv_copy(const ConvCopy& p, int64_t begin, int64_t end);
-void conv_weight_sum(const ConvWeightSum& p, Range taps, Range rows, Range panels);
+void conv_weight_sum(const WeightSum& p, Range rows, Range panels);
+void winograd_gradient_tiles(const WinogradTiles& p, int64_t group, Range tiles);
+void winograd_gradient_output(int m, const float* sums, int64_t next, float* out, int64_t out_next, int64_t count);
 void depthwise_weight_sum(const DepthwiseWeightSum& p, Range blocks);
 void pack_winograd(const WinogradPack& p, int64_t begin, int64_t end);
 void pack_b(const PackB& p, int64_t begin, int64_t end);

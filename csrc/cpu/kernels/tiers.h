@@ -37,8 +37,12 @@ struct Kernels {
   void (*conv_winograd)(const Winograd&, int64_t group, Range tiles, Range panels);
   // Output rows (batch, d, h) and blocks of sixteen channels.
   void (*conv_depthwise)(const Depthwise&, Range rows, Range blocks);
-  // Taps, rows of n and panels of c.
-  void (*conv_weight_sum)(const ConvWeightSum&, Range taps, Range rows, Range panels);
+  // Rows of n and panels of c.
+  void (*conv_weight_sum)(const WeightSum&, Range rows, Range panels);
+  // Tile i of the range comes to place i of the tiles.
+  void (*winograd_gradient_tiles)(const WinogradTiles&, int64_t group, Range tiles);
+  // Gᵀ M G: (m + 2)² sums, `next` floats apart, to nine, for `count` (a multiple of 16) of each.
+  void (*winograd_gradient_output)(int m, const float* sums, int64_t next, float* out, int64_t out_next, int64_t count);
   // Blocks of sixteen channels.
   void (*depthwise_weight_sum)(const DepthwiseWeightSum&, Range blocks);
   // Rows (batch, d, h).

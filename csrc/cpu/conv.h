@@ -21,6 +21,8 @@ struct ConvGeometry {
 // --- shapes: conv_shape.cpp
 
 std::string list_of(const int64_t* values, int64_t count);
+void check_image(const char* op, const Tensor& input);
+void check_operands(const char* op, const Tensor& input, const Tensor& weight);
 void check_geometry(const char* op, int64_t axes, const Ints& kernel, const ConvGeometry& g);
 // The convolution of an input (N, groups·c, …) with n_all filters of these sizes.
 ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t c, const Ints& kernel,

@@ -81,12 +81,11 @@ void stretches_of(const ConvShape& s, const Images& images, int64_t t, Range row
     const int64_t h = row % s.out(1), d = row / s.out(1) % s.out(0), image = row / (s.out(1) * s.out(0));
     if (h < h_seen.begin || h >= h_seen.end || d < d_seen.begin || d >= d_seen.end) continue;
     const ConvImage &x = images.x_image, &dy = images.dy_image;
-    stretches->push_back({images.dy + image * dy.batch_stride + d * dy.stride[0] + h * dy.stride[1] +
-                              w_seen.begin * dy.stride[2],
-                          images.x + image * x.batch_stride + (d * s.stride[0] + at[0]) * x.stride[0] +
-                              (h * s.stride[1] + at[1]) * x.stride[1] +
-                              (w_seen.begin * s.stride[2] + at[2]) * x.stride[2],
-                          w_seen.end - w_seen.begin});
+    stretches->push_back(
+        {images.dy + image * dy.batch_stride + d * dy.stride[0] + h * dy.stride[1] + w_seen.begin * dy.stride[2],
+         images.x + image * x.batch_stride + (d * s.stride[0] + at[0]) * x.stride[0] +
+             (h * s.stride[1] + at[1]) * x.stride[1] + (w_seen.begin * s.stride[2] + at[2]) * x.stride[2],
+         w_seen.end - w_seen.begin});
   }
 }
 
@@ -129,8 +128,13 @@ void taps_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, 
       for (int64_t row = 0; row < rows; row += rows_at_once)
         for (int64_t t = cut.taps.begin; t < cut.taps.end; t++) {
           stretches_of(s, images, t, {row, row + rows_at_once < rows ? row + rows_at_once : rows}, &stretches);
-          const WeightSum p{stretches.data(), static_cast<int64_t>(stretches.size()), dy.image.stride[2],
-                            x.image.stride[2] * s.stride[2], s.c, sum + t * sum_tap, sum_row};
+          const WeightSum p{stretches.data(),
+                            static_cast<int64_t>(stretches.size()),
+                            dy.image.stride[2],
+                            x.image.stride[2] * s.stride[2],
+                            s.c,
+                            sum + t * sum_tap,
+                            sum_row};
           if (p.count) kernels().conv_weight_sum(p, cut.n, cut.panels);
         }
     });
@@ -159,7 +163,8 @@ void winograd_gradient(const ConvShape& s, const ImageView& x, const ImageView& 
   g.dy_next = most * g.dy_row;
   const int64_t floats = places * (g.x_next + g.dy_next), sum_place = s.n * c, nine = 9 * sum_place;
   const Tensor transformed = empty_cpu(&floats, 1, ScalarType::Float), filters = empty_cpu(&nine, 1, ScalarType::Float);
-  float *const x_tiles = static_cast<float*>(transformed.mutable_data_ptr()), *const dy_tiles = x_tiles + places * g.x_next;
+  float *const x_tiles = static_cast<float*>(transformed.mutable_data_ptr()), *const dy_tiles =
+                                                                                  x_tiles + places * g.x_next;
   for (int64_t group = 0; group < s.groups; group++) {
     const Tensor sums = zeroed(places * sum_place);
     float *sum = static_cast<float*>(sums.mutable_data_ptr()), *nines = static_cast<float*>(filters.mutable_data_ptr());
@@ -189,7 +194,8 @@ void winograd_gradient(const ConvShape& s, const ImageView& x, const ImageView& 
 void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
   const int64_t columns = ceil_div(s.taps() * s.c, kPanel) * kPanel, rows = s.batch * s.out(0) * s.out(1);
   const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
-  const float *image_data = static_cast<const float*>(x.image.data), *dy_data = static_cast<const float*>(dy.image.data);
+  const float *image_data = static_cast<const float*>(x.image.data),
+              *dy_data = static_cast<const float*>(dy.image.data);
   const int64_t threads = torch::stable::get_num_threads(), sum_floats = s.n * columns;
   const Tensor sums = zeroed(threads * sum_floats);
   float* sum = static_cast<float*>(sums.mutable_data_ptr());
@@ -224,8 +230,13 @@ void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& d
         stretches.push_back({dy_data + image * dy.image.batch_stride + d * dy.image.stride[0] + h * dy.image.stride[1],
                              patch, s.out(2)});
       }
-      const WeightSum p{stretches.data(), static_cast<int64_t>(stretches.size()), dy.image.stride[2], columns, columns,
-                        sum + i * sum_floats, columns};
+      const WeightSum p{stretches.data(),
+                        static_cast<int64_t>(stretches.size()),
+                        dy.image.stride[2],
+                        columns,
+                        columns,
+                        sum + i * sum_floats,
+                        columns};
       kernels().conv_weight_sum(p, {0, s.n}, {0, columns / kPanel});
     }
   });
@@ -344,10 +355,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
                                                  int64_t precision, int64_t algorithm, bool channels_last,
                                                  bool need_input, bool need_weight, bool need_bias) {
   const char* op = "conv_backward";
-  check_float(op, "input", input);
-  check_dtype(op, "weight", weight, input.scalar_type());
-  check_same_device(op, "weight", weight, input);
-  check_dim(op, "weight", weight, input.dim());
+  check_operands(op, input, weight);
   const ConvGeometry g{stride, padding, dilation, groups};
   const ConvShape s = shape_for(op, input, weight.size(0), weight.size(1), kernel_of(weight), g);
   const int64_t size[3] = {s.out(0), s.out(1), s.out(2)};
@@ -365,12 +373,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
 // The convolution whose transpose it is: from images of the output's size to those of the input's.
 ConvShape transposed_shape(const char* op, const Tensor& input, const Tensor& weight, const ConvGeometry& g,
                            const int64_t* out) {
-  check_float(op, "input", input);
-  check_dtype(op, "weight", weight, input.scalar_type());
-  check_same_device(op, "weight", weight, input);
-  STD_TORCH_CHECK(input.dim() >= 3 && input.dim() <= 5, op,
-                  ": input must have 3, 4 or 5 dimensions (N, C, spatial), got shape ", shape_of(input));
-  check_dim(op, "weight", weight, input.dim());
+  check_operands(op, input, weight);
   STD_TORCH_CHECK(input.size(1) == weight.size(0), op, ": input must have ", weight.size(0),
                   " channels, as weight has filters, got shape ", shape_of(input));
   check_geometry(op, input.dim() - 2, kernel_of(weight), g);
@@ -399,21 +402,21 @@ Tensor conv_transpose(const Tensor& input, const Tensor& weight, const std::opti
                       bool channels_last) {
   const char* op = "conv_transpose";
   const ConvGeometry g{stride, padding, dilation, groups};
+  check_operands(op, input, weight);
+  const size_t axes = static_cast<size_t>(input.dim() - 2);
+  check_geometry(op, input.dim() - 2, kernel_of(weight), g);
+  STD_TORCH_CHECK(output_padding.size() == axes, op, ": output_padding must have ", axes, " entries, got ",
+                  output_padding.size());
   int64_t out[3] = {1, 1, 1};
-  const size_t axes = static_cast<size_t>(input.dim() >= 3 && input.dim() <= 5 ? input.dim() - 2 : 0);
-  if (stride.size() == axes && dilation.size() == axes && padding.size() == 2 * axes && weight.dim() == input.dim()) {
-    STD_TORCH_CHECK(output_padding.size() == axes, op, ": output_padding must have ", axes, " entries, got ",
-                    output_padding.size());
-    for (size_t i = 0; i < axes; i++) {
-      const int64_t axis = static_cast<int64_t>(i) + 2;
-      STD_TORCH_CHECK(output_padding[i] >= 0 && (output_padding[i] < stride[i] || output_padding[i] < dilation[i]), op,
-                      ": output_padding must be at least 0 and less than stride or dilation, got ", output_padding[i],
-                      " beside stride ", stride[i], " and dilation ", dilation[i]);
-      out[i] = (input.size(axis) - 1) * stride[i] - padding[2 * i] - padding[2 * i + 1] +
-               dilation[i] * (weight.size(axis) - 1) + output_padding[i] + 1;
-      STD_TORCH_CHECK(out[i] > 0, op, ": padding leaves nothing of the output: its size would be ", out[i],
-                      ", input has shape ", shape_of(input));
-    }
+  for (size_t i = 0; i < axes; i++) {
+    const int64_t axis = static_cast<int64_t>(i) + 2;
+    STD_TORCH_CHECK(output_padding[i] >= 0 && (output_padding[i] < stride[i] || output_padding[i] < dilation[i]), op,
+                    ": output_padding must be at least 0 and less than stride or dilation, got ", output_padding[i],
+                    " beside stride ", stride[i], " and dilation ", dilation[i]);
+    out[i] = (input.size(axis) - 1) * stride[i] - padding[2 * i] - padding[2 * i + 1] +
+             dilation[i] * (weight.size(axis) - 1) + output_padding[i] + 1;
+    STD_TORCH_CHECK(out[i] > 0, op, ": padding leaves nothing of the output: its size would be ", out[i],
+                    ", input has shape ", shape_of(input));
   }
   const ConvShape s = transposed_shape(op, input, weight, g, out);
   check_bias(op, bias, s.c_all(), input);
@@ -427,7 +430,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_ou
                                                            bool need_bias) {
   const char* op = "conv_transpose_backward";
   const ConvGeometry g{stride, padding, dilation, groups};
-  STD_TORCH_CHECK(grad_output.dim() == input.dim() && input.dim() >= 3 && input.dim() <= 5, op,
+  check_operands(op, input, weight);
+  STD_TORCH_CHECK(grad_output.dim() == input.dim(), op,
                   ": grad_output must have as many dimensions as input (3, 4 or 5), got ", shape_of(grad_output));
   int64_t out[3] = {1, 1, 1};
   for (int64_t i = 2; i < grad_output.dim(); i++) out[i - 2] = grad_output.size(i);

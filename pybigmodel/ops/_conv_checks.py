@@ -12,6 +12,7 @@ from pybigmodel.ops import _checks as check
 from pybigmodel.ops._common import CONV_ACTIVATIONS
 from pybigmodel.ops._conv_geometry import ALGORITHMS, AUTO, WINOGRAD
 
+INT32_MAX = 2**31 - 1  # of a stride and the like, so that no size overflows
 ALGORITHM_COUNT = len(ALGORITHMS) + 1  # automatic is 0
 
 
@@ -21,9 +22,23 @@ def check_list(op: str, name: str, entries: Sequence[int], count: int, least: in
         lambda: f"{op}: {name} must have {count} entries, got {tuple(entries)}",
     )
     torch._check(
-        all(entry >= least for entry in entries),
-        lambda: f"{op}: {name} must be at least {least}, got {tuple(entries)}",
+        all(least <= entry <= INT32_MAX for entry in entries),
+        lambda: f"{op}: {name} must be between {least} and {INT32_MAX}, got {tuple(entries)}",
     )
+
+
+def check_geometry(
+    op: str,
+    axes: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    check_list(op, "kernel_size", kernel, axes, 1)
+    check_list(op, "stride", stride, axes, 1)
+    check_list(op, "padding", padding, 2 * axes, 0)
+    check_list(op, "dilation", dilation, axes, 1)
 
 
 def check_dims(op: str, name: str, tensor: Tensor, what: str) -> None:
@@ -50,12 +65,7 @@ def out_sizes(
     dilation: Sequence[int],
 ) -> list[int]:
     """The spatial sizes of the output; there is at least a pixel."""
-    check_dims(op, "input", input, "(N, C, spatial)")
-    axes = input.dim() - 2
-    check_list(op, "kernel_size", kernel, axes, 1)
-    check_list(op, "stride", stride, axes, 1)
-    check_list(op, "padding", padding, 2 * axes, 0)
-    check_list(op, "dilation", dilation, axes, 1)
+    check_geometry(op, input.dim() - 2, kernel, stride, padding, dilation)
     sizes = []
     for axis, size in enumerate(input.shape[2:]):
         padded = size + padding[2 * axis] + padding[2 * axis + 1]
@@ -87,6 +97,7 @@ def check_channels(op: str, input: Tensor, groups: int, each: int) -> None:
 
 def check_weight(op: str, input: Tensor, weight: Tensor) -> None:
     check.check_float(op, "input", input)
+    check_dims(op, "input", input, "(N, C, spatial)")
     check.check_dtype(op, "weight", weight, input.dtype)
     check.check_same_device(op, "weight", weight, input)
     check.check_dim(op, "weight", weight, input.dim())
@@ -180,11 +191,7 @@ def check_transposed(
     groups: int,
     precision: int,
 ) -> None:
-    check.check_float(op, "input", input)
-    check.check_dtype(op, "weight", weight, input.dtype)
-    check.check_same_device(op, "weight", weight, input)
-    check_dims(op, "input", input, "(N, C, spatial)")
-    check.check_dim(op, "weight", weight, input.dim())
+    check_weight(op, input, weight)
     torch._check(
         input.shape[1] == weight.shape[0],
         lambda: (
@@ -192,11 +199,7 @@ def check_transposed(
             f"{tuple(input.shape)}"
         ),
     )
-    axes = input.dim() - 2
-    check_list(op, "kernel_size", weight.shape[2:], axes, 1)
-    check_list(op, "stride", stride, axes, 1)
-    check_list(op, "padding", padding, 2 * axes, 0)
-    check_list(op, "dilation", dilation, axes, 1)
+    check_geometry(op, input.dim() - 2, weight.shape[2:], stride, padding, dilation)
     check_groups(op, groups, weight.shape[0], "input channels")
     check.check_range(op, "precision", precision, 2)
 
@@ -211,7 +214,11 @@ def transposed_sizes(
     dilation: Sequence[int],
 ) -> list[int]:
     """The spatial sizes of the output; there is at least a pixel."""
-    check_list(op, "output_padding", output_padding, input.dim() - 2, 0)
+    axes = input.dim() - 2
+    torch._check(
+        len(output_padding) == axes,
+        lambda: f"{op}: output_padding must have {axes} entries, got {len(output_padding)}",
+    )
     sizes = []
     for axis, size in enumerate(input.shape[2:]):
         step, more, spread = stride[axis], output_padding[axis], dilation[axis]
@@ -224,7 +231,7 @@ def transposed_sizes(
 
 def _check_output_padding(op: str, more: int, stride: int, dilation: int) -> None:
     torch._check(
-        more < stride or more < dilation,
+        more >= 0 and (more < stride or more < dilation),
         lambda: (
             f"{op}: output_padding must be at least 0 and less than stride or dilation, got {more} "
             f"beside stride {stride} and dilation {dilation}"

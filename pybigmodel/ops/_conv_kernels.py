@@ -92,7 +92,7 @@ def _conv_fake(
 def _pack_conv_weight_fake(weight: Tensor, groups: int, precision: int, algorithm: int) -> Tensor:
     op = "pack_conv_weight"
     check.check_float(op, "weight", weight)
-    check_dims(op, "weight", weight, "(out_channels, in_channels / groups, kernel…)")
+    check_dims(op, "weight", weight, "(out_channels, in_channels of a group, kernel…)")
     check_groups(op, groups, weight.shape[0])
     torch._check(
         0 < algorithm < ALGORITHM_COUNT,
@@ -133,8 +133,12 @@ def _conv_packed_fake(
 ) -> Tensor:
     op = "conv_packed"
     check.check_float(op, "input", input)
-    channels = input.shape[1] if input.dim() >= 2 else 0
+    check_dims(op, "input", input, "(N, C, spatial)")
+    channels = input.shape[1]
     check_groups(op, groups, channels, "channels of input")
+    torch._check(
+        out_channels >= 0, lambda: f"{op}: out_channels must be at least 0, got {out_channels}"
+    )
     sizes = out_sizes(op, input, kernel_size, stride, padding, dilation)
     check_groups(op, groups, out_channels)
     check.check_bias(op, input, out_channels, bias)

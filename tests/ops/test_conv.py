@@ -91,6 +91,7 @@ LAYOUTS = [
     Geometry(2, (16, 32), (8, 9), (3, 3), padding=same(3, 3)),
     Geometry(2, (3, 17), (9, 12), (5, 3), stride=(2, 1), padding=((2, 1), (0, 2))),
     Geometry(2, (1, 17), (9, 12), (5, 5)),
+    Geometry(2, (3, 17), (9, 12), (5, 5)),  # rows of the kernel that are read as one
     Geometry(3, (5, 1), (1, 1), (3, 3), padding=same(3, 3)),
     Geometry(2, (20, 20), (8, 19), (3, 3), padding=same(3, 3), groups=20),
     Geometry(2, (24, 20), (7, 6), (3, 3), padding=same(3, 3), groups=2),

@@ -6,10 +6,7 @@ namespace {
 Tensor conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride, Ints padding,
             Ints dilation, int64_t groups, int64_t precision, int64_t algorithm, bool channels_last) {
   const char* op = "conv";
-  check_float(op, "input", input);
-  check_dtype(op, "weight", weight, input.scalar_type());
-  check_same_device(op, "weight", weight, input);
-  check_dim(op, "weight", weight, input.dim());
+  check_operands(op, input, weight);
   const ConvGeometry g{stride, padding, dilation, groups};
   const ConvShape s = shape_for(op, input, weight.size(0), weight.size(1), kernel_of(weight), g);
   check_bias(op, bias, weight.size(0), input);
@@ -23,7 +20,7 @@ Tensor pack_conv_weight(const Tensor& weight, int64_t groups, int64_t precision,
   const char* op = "pack_conv_weight";
   check_float(op, "weight", weight);
   STD_TORCH_CHECK(weight.dim() >= 3 && weight.dim() <= 5, op,
-                  ": weight must have 3, 4 or 5 dimensions (out_channels, in_channels / groups, kernel…), got shape ",
+                  ": weight must have 3, 4 or 5 dimensions (out_channels, in_channels of a group, kernel…), got shape ",
                   shape_of(weight));
   STD_TORCH_CHECK(groups >= 1 && weight.size(0) % groups == 0, op, ": groups must divide the ", weight.size(0),
                   " output channels, got ", groups);
@@ -51,8 +48,10 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed_weight, int64_t out
                    bool channels_last) {
   const char* op = "conv_packed";
   check_float(op, "input", input);
-  STD_TORCH_CHECK(groups >= 1 && input.dim() >= 2 && input.size(1) % groups == 0, op, ": groups must divide the ",
-                  input.dim() >= 2 ? input.size(1) : 0, " channels of input, got ", groups);
+  check_image(op, input);
+  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0, op, ": groups must divide the ", input.size(1),
+                  " channels of input, got ", groups);
+  STD_TORCH_CHECK(out_channels >= 0, op, ": out_channels must be at least 0, got ", out_channels);
   const ConvGeometry g{stride, padding, dilation, groups};
   const ConvShape s = shape_for(op, input, out_channels, input.size(1) / groups, kernel_size, g);
   check_bias(op, bias, out_channels, input);

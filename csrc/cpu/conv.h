@@ -21,6 +21,8 @@ struct ConvGeometry {
 // --- shapes: conv_shape.cpp
 
 std::string list_of(const int64_t* values, int64_t count);
+void check_image(const char* op, const Tensor& input);
+void check_operands(const char* op, const Tensor& input, const Tensor& weight);
 void check_geometry(const char* op, int64_t axes, const Ints& kernel, const ConvGeometry& g);
 // The convolution of an input (N, groups·c, …) with n_all filters of these sizes.
 ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t c, const Ints& kernel,
@@ -65,9 +67,9 @@ struct ImageView {
 // An image (N, channels, size…) of `dim` dimensions, channels innermost or outermost.
 Tensor empty_image(int64_t dim, int64_t batch, int64_t channels, const int64_t* size, ScalarType dtype,
                    bool channels_last);
-// In this dtype, with `before` and `after` pixels of zeros around the rows of w.
+// In this dtype, with `before` and `after` pixels of zeros around the rows of w; touching: whose pixels lie side by side.
 ImageView image_of(const char* name, const Tensor& tensor, const int64_t* size, DType dtype, int64_t before = 0,
-                   int64_t after = 0);
+                   int64_t after = 0, bool touching = false);
 // The tensor, or a copy whose pixels lie at one distance.
 Tensor dense(const Tensor& t);
 // Channels-last pixels to a tensor of other strides.

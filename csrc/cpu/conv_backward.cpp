@@ -410,10 +410,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
                                                  int64_t precision, int64_t algorithm, bool channels_last,
                                                  bool need_input, bool need_weight, bool need_bias) {
   const char* op = "conv_backward";
-  check_float(op, "input", input);
-  check_dtype(op, "weight", weight, input.scalar_type());
-  check_same_device(op, "weight", weight, input);
-  check_dim(op, "weight", weight, input.dim());
+  check_operands(op, input, weight);
   const ConvGeometry g{stride, padding, dilation, groups};
   const ConvShape s = shape_for(op, input, weight.size(0), weight.size(1), kernel_of(weight), g);
   const int64_t size[3] = {s.out(0), s.out(1), s.out(2)};
@@ -431,12 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
 // The convolution whose transpose it is: from images of the output's size to those of the input's.
 ConvShape transposed_shape(const char* op, const Tensor& input, const Tensor& weight, const ConvGeometry& g,
                            const int64_t* out) {
-  check_float(op, "input", input);
-  check_dtype(op, "weight", weight, input.scalar_type());
-  check_same_device(op, "weight", weight, input);
-  STD_TORCH_CHECK(input.dim() >= 3 && input.dim() <= 5, op,
-                  ": input must have 3, 4 or 5 dimensions (N, C, spatial), got shape ", shape_of(input));
-  check_dim(op, "weight", weight, input.dim());
+  check_operands(op, input, weight);
   STD_TORCH_CHECK(input.size(1) == weight.size(0), op, ": input must have ", weight.size(0),
                   " channels, as weight has filters, got shape ", shape_of(input));
   check_geometry(op, input.dim() - 2, kernel_of(weight), g);
@@ -465,21 +457,21 @@ Tensor conv_transpose(const Tensor& input, const Tensor& weight, const std::opti
                       bool channels_last) {
   const char* op = "conv_transpose";
   const ConvGeometry g{stride, padding, dilation, groups};
+  check_operands(op, input, weight);
+  const size_t axes = static_cast<size_t>(input.dim() - 2);
+  check_geometry(op, input.dim() - 2, kernel_of(weight), g);
+  STD_TORCH_CHECK(output_padding.size() == axes, op, ": output_padding must have ", axes, " entries, got ",
+                  output_padding.size());
   int64_t out[3] = {1, 1, 1};
-  const size_t axes = static_cast<size_t>(input.dim() >= 3 && input.dim() <= 5 ? input.dim() - 2 : 0);
-  if (stride.size() == axes && dilation.size() == axes && padding.size() == 2 * axes && weight.dim() == input.dim()) {
-    STD_TORCH_CHECK(output_padding.size() == axes, op, ": output_padding must have ", axes, " entries, got ",
-                    output_padding.size());
-    for (size_t i = 0; i < axes; i++) {
-      const int64_t axis = static_cast<int64_t>(i) + 2;
-      STD_TORCH_CHECK(output_padding[i] >= 0 && (output_padding[i] < stride[i] || output_padding[i] < dilation[i]), op,
-                      ": output_padding must be at least 0 and less than stride or dilation, got ", output_padding[i],
-                      " beside stride ", stride[i], " and dilation ", dilation[i]);
-      out[i] = (input.size(axis) - 1) * stride[i] - padding[2 * i] - padding[2 * i + 1] +
-               dilation[i] * (weight.size(axis) - 1) + output_padding[i] + 1;
-      STD_TORCH_CHECK(out[i] > 0, op, ": padding leaves nothing of the output: its size would be ", out[i],
-                      ", input has shape ", shape_of(input));
-    }
+  for (size_t i = 0; i < axes; i++) {
+    const int64_t axis = static_cast<int64_t>(i) + 2;
+    STD_TORCH_CHECK(output_padding[i] >= 0 && (output_padding[i] < stride[i] || output_padding[i] < dilation[i]), op,
+                    ": output_padding must be at least 0 and less than stride or dilation, got ", output_padding[i],
+                    " beside stride ", stride[i], " and dilation ", dilation[i]);
+    out[i] = (input.size(axis) - 1) * stride[i] - padding[2 * i] - padding[2 * i + 1] +
+             dilation[i] * (weight.size(axis) - 1) + output_padding[i] + 1;
+    STD_TORCH_CHECK(out[i] > 0, op, ": padding leaves nothing of the output: its size would be ", out[i],
+                    ", input has shape ", shape_of(input));
   }
   const ConvShape s = transposed_shape(op, input, weight, g, out);
   check_bias(op, bias, s.c_all(), input);
@@ -493,7 +485,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_ou
                                                            bool need_bias) {
   const char* op = "conv_transpose_backward";
   const ConvGeometry g{stride, padding, dilation, groups};
-  STD_TORCH_CHECK(grad_output.dim() == input.dim() && input.dim() >= 3 && input.dim() <= 5, op,
+  check_operands(op, input, weight);
+  STD_TORCH_CHECK(grad_output.dim() == input.dim(), op,
                   ": grad_output must have as many dimensions as input (3, 4 or 5), got ", shape_of(grad_output));
   int64_t out[3] = {1, 1, 1};
   for (int64_t i = 2; i < grad_output.dim(); i++) out[i - 2] = grad_output.size(i);

@@ -58,12 +58,13 @@ Tensor regular(const Tensor& t, const int64_t* size) {
 }  // namespace
 
 ImageView image_of(const char* name, const Tensor& tensor, const int64_t* sizes, DType dtype, int64_t before,
-                   int64_t after) {
+                   int64_t after, bool touching) {
   const int64_t channels = tensor.size(1);
   Strides s = strides_of(tensor);
   ImageView view;
   for (int i = 0; i < 3; i++) view.image.size[i] = sizes[i];
-  if (dtype_of(tensor) == dtype && (s.channel == 1 || channels == 1) && before + after == 0) {
+  const bool apart = touching && s.spatial[2] != channels && sizes[2] > 1;
+  if (dtype_of(tensor) == dtype && (s.channel == 1 || channels == 1) && before + after == 0 && !apart) {
     view.tensor = tensor;
     view.image.data = data_of(name, tensor);
     view.image.batch_stride = s.batch;

@@ -344,7 +344,7 @@ Tensor run_conv(const Tensor& input, const ConvShape& s, Flavour flavour, ConvAl
   if (out.out.numel() == 0) return out.out;
   const bool merged = algorithm == ConvAlgorithm::direct_rows, depthwise = algorithm == ConvAlgorithm::depthwise;
   const DType dtype = depthwise ? dtype_of(input) : flavour == Flavour::f32 ? DType::f32 : DType::bf16;
-  const ImageView x = image_of("input", input, s.in, dtype, merged ? s.pad[2] : 0, merged ? s.pad_end[2] : 0);
+  const ImageView x = image_of("input", input, s.in, dtype, merged ? s.pad[2] : 0, merged ? s.pad_end[2] : 0, merged);
   Conv conv = conv_over(s, s.c, s.n, depthwise ? Flavour::f32 : flavour, x.image, out);
   conv.weight = packed.const_data_ptr();
   Gemm& g = conv.out_rows;

@@ -13,8 +13,22 @@ std::string list_of(const int64_t* values, int64_t count) {
 static void check_list(const char* op, const char* name, const Ints& list, int64_t count, int64_t least) {
   STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == count, op, ": ", name, " must have ", count, " entries, got ",
                   list_of(list.data(), static_cast<int64_t>(list.size())));
-  for (const int64_t value : list)
-    STD_TORCH_CHECK(value >= least, op, ": ", name, " must be at least ", least, ", got ", list_of(list.data(), count));
+  for (const int64_t value : list)  // so that no size overflows
+    STD_TORCH_CHECK(value >= least && value <= INT32_MAX, op, ": ", name, " must be between ", least, " and ",
+                    INT32_MAX, ", got ", list_of(list.data(), count));
+}
+
+void check_operands(const char* op, const Tensor& input, const Tensor& weight) {
+  check_float(op, "input", input);
+  check_image(op, input);
+  check_dtype(op, "weight", weight, input.scalar_type());
+  check_same_device(op, "weight", weight, input);
+  check_dim(op, "weight", weight, input.dim());
+}
+
+void check_image(const char* op, const Tensor& input) {
+  STD_TORCH_CHECK(input.dim() >= 3 && input.dim() <= 5, op,
+                  ": input must have 3, 4 or 5 dimensions (N, C, spatial), got shape ", shape_of(input));
 }
 
 void check_geometry(const char* op, int64_t axes, const Ints& kernel, const ConvGeometry& g) {
@@ -28,8 +42,6 @@ void check_geometry(const char* op, int64_t axes, const Ints& kernel, const Conv
 ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t c, const Ints& kernel,
                     const ConvGeometry& g) {
   const int64_t dim = input.dim(), axes = dim - 2;
-  STD_TORCH_CHECK(dim >= 3 && dim <= 5, op, ": input must have 3, 4 or 5 dimensions (N, C, spatial), got shape ",
-                  shape_of(input));
   check_geometry(op, axes, kernel, g);
   STD_TORCH_CHECK(n_all % g.groups == 0, op, ": groups must divide the ", n_all, " output channels, got ", g.groups);
   STD_TORCH_CHECK(input.size(1) == g.groups * c, op, ": input must have ", g.groups * c,

@@ -4,6 +4,15 @@ from pybigmodel.ops import _flops as _flops
 from pybigmodel.ops.additive_attention import additive_attention
 from pybigmodel.ops.attention import attention, attention_varlen
 from pybigmodel.ops.attention_decode import attention_append_, attention_decode
+from pybigmodel.ops.conv import (
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_algorithm,
+    conv_packed,
+    pack_conv_weight,
+)
+from pybigmodel.ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from pybigmodel.ops.int8_linear import (
     int8_linear,
     int8_weight_only_linear,
@@ -19,10 +28,19 @@ __all__ = [
     "attention_append_",
     "attention_decode",
     "attention_varlen",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_algorithm",
+    "conv_packed",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "int8_linear",
     "int8_weight_only_linear",
     "linear",
     "linear_packed",
+    "pack_conv_weight",
     "pack_int8_linear_weight",
     "pack_linear_weight",
     "quantize_per_token",

@@ -10,17 +10,19 @@ from torch import Tensor
 from pybigmodel._torch_private import below_autograd, forward_ad, is_dual
 
 Activation: TypeAlias = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
+ConvActivation: TypeAlias = Activation | Literal["relu6", "hardswish", "leaky_relu"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
 
 ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+CONV_ACTIVATIONS: dict[str, int] = {**ACTIVATIONS, "relu6": 5, "hardswish": 6, "leaky_relu": 7}
 PRECISIONS: dict[str, int] = {"fp32": 0, "bf16": 1}
 
 
-def activation_code(activation: str) -> int:
+def activation_code(activation: str, known: dict[str, int] = ACTIVATIONS) -> int:
     try:
-        return ACTIVATIONS[activation]
+        return known[activation]
     except (KeyError, TypeError):  # the latter: a list, say
-        names = ", ".join(ACTIVATIONS)
+        names = ", ".join(known)
         raise ValueError(f"activation must be one of {names}; got {activation!r}") from None
 
 
@@ -33,7 +35,8 @@ def precision_code(precision: str) -> int:
 
 def refuse_derivative(op: str, **tensors: Tensor | None) -> None:
     """For an op of inference while derivatives are recorded: none may silently end in it."""
-    other = "attention" if op.startswith("attention") else "linear"
+    family = op.partition("_")[0]
+    other = {"attention": "attention", "conv": "conv2d"}.get(family, "linear")
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:

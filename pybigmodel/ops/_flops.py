@@ -49,6 +49,50 @@ def _int8_linear(
     return 2 * prod(input) * weight_scale[0]
 
 
+@register_flop_formula(_ops.conv)
+def _conv(input: Shape, weight: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
+    return 2 * prod(out_shape) * prod(weight[1:])
+
+
+@register_flop_formula(_ops.conv_packed)
+def _conv_packed(
+    input: Shape,
+    packed_weight: Shape,
+    out_channels: int,
+    kernel_size: Shape,
+    bias: Shape | None,
+    residual: Shape | None,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    groups: int,
+    *rest: Any,
+    out_shape: Shape,
+    **kwargs: Any,
+) -> int:
+    return 2 * prod(out_shape) * (input[1] // groups) * prod(kernel_size)
+
+
+@register_flop_formula(_ops.conv_backward)
+def _conv_backward(
+    grad_output: Shape, input: Shape, weight: Shape, *rest: Any, **kwargs: Any
+) -> int:
+    # rest ends in need_input, need_weight, need_bias.
+    return 2 * prod(grad_output) * prod(weight[1:]) * sum(map(int, rest[-3:-1]))
+
+
+@register_flop_formula(_ops.conv_transpose)
+def _conv_transpose(input: Shape, weight: Shape, *rest: Any, **kwargs: Any) -> int:
+    return 2 * prod(input) * prod(weight[1:])
+
+
+@register_flop_formula(_ops.conv_transpose_backward)
+def _conv_transpose_backward(
+    grad_output: Shape, input: Shape, weight: Shape, *rest: Any, **kwargs: Any
+) -> int:
+    return _conv_transpose(input, weight) * sum(map(int, rest[-3:-1]))
+
+
 def _pairs(starts_q: Tensor, starts_k: Tensor, rows: int, keys: int) -> int:
     """Pairs of a query and a key of one sequence; those of sequences of one length where the
     starts have no values."""

@@ -113,6 +113,38 @@ GOOD["additive_attention_backward"] = {
     **{"grad_out": ((2, 5, 6), F32), "grad_lse": ((2, 5), F32), **ADDITIVE},
     **{"need_hidden": True, "need_value": True, "need_mask": True},
 }
+# Of convolution: batch 2, groups 2, 20 to 18 channels, 7×6 pixels, 3×2 taps, all axes apart.
+GEOMETRY: dict[str, Any] = {
+    "stride": [2, 1],
+    "padding": [0, 1, 2, 0],
+    "dilation": [1, 2],
+    "groups": 2,
+}
+IMAGE, FILTERS = {"input": ((2, 20, 7, 6), F32)}, {"weight": ((18, 10, 3, 2), F32)}
+HOW: dict[str, Any] = {**GEOMETRY, "precision": 0}
+GOOD["conv"] = {**IMAGE, **FILTERS, "bias": None, **HOW, "algorithm": 0, "channels_last": False}
+NEEDS = {"need_input": True, "need_weight": True, "need_bias": True}
+GOOD["conv_backward"] = {
+    **{"grad_output": ((2, 18, 3, 6), F32), **IMAGE, **FILTERS, **HOW},
+    **{"algorithm": 0, "channels_last": True, **NEEDS},
+}
+GOOD["pack_conv_weight"] = {**FILTERS, "groups": 2, "precision": 0, "algorithm": 1}
+GOOD["conv_packed"] = {
+    **{**IMAGE, "packed_weight": ((2, 60, 16), F32), "out_channels": 18, "kernel_size": [3, 2]},
+    **{"bias": None, "residual": None, **GEOMETRY, "activation": 0, "slope": 0.0, "algorithm": 1},
+    "channels_last": False,
+}
+UPWARD = {**IMAGE, "weight": ((20, 9, 3, 2), F32)}
+GOOD["conv_transpose"] = {
+    **{**UPWARD, "bias": None, "stride": [2, 1], "padding": [0, 1, 2, 0]},
+    **{"output_padding": [1, 1], "dilation": [1, 2], "groups": 2, "precision": 0},
+    "channels_last": False,
+}
+GOOD["conv_transpose_backward"] = {
+    **{"grad_output": ((2, 18, 15, 7), F32), **UPWARD, **HOW, "channels_last": False},
+    **NEEDS,
+}
+CONVOLUTIONS = [op for op in GOOD if "conv" in op and op != "pack_conv_weight"]
 GOOD["int8_weight_only_linear"] = {k: v for k, v in GOOD["int8_linear"].items() if k != "symmetric"}
 
 
@@ -204,11 +236,110 @@ def bad_calls() -> list[Bad]:
             Bad(op, "activation", 5, "5"),
             Bad(op, "activation", -1, "-1"),
         ]
+    for op in CONVOLUTIONS:
+        calls += bad_convolution(op)
+    calls += bad_packed_convolution()
     for op in ATTENTION:
         calls += bad_attention(op)
     for op in ("additive_attention", "additive_attention_backward"):
         calls += bad_additive(op)
     return calls + bad_decoding()
+
+
+def bad_convolution(op: str) -> list[Bad]:
+    """What all but packing refuse alike."""
+    calls = [
+        Bad(op, "input", ((2, 20, 7, 6), F64), "float64"),
+        Bad(op, "input", ((2, 20, 7, 6), LONG), "int64"),
+        Bad(op, "input", ((), F32), "()"),
+        Bad(op, "input", ((2, 20), F32), "(2, 20)"),
+        Bad(op, "input", ((1, 2, 20, 1, 7, 6), F32), "(1, 2, 20, 1, 7, 6)"),
+        Bad(op, "stride", [1], "(1"),
+        Bad(op, "stride", [0, 1], "(0, 1)"),
+        Bad(op, "stride", [-1, 1], "(-1, 1)"),
+        Bad(op, "padding", [1, 1], "(1, 1)"),
+        Bad(op, "padding", [0, 1, -2, 0], "(0, 1, -2, 0)"),
+        Bad(op, "dilation", [1, 1, 1], "(1, 1, 1)"),
+        Bad(op, "dilation", [1, 0], "(1, 0)"),
+        Bad(op, "dilation", [1, 2**62], str(2**62)),
+        Bad(op, "groups", 0, "0"),
+        Bad(op, "groups", -2, "-2"),
+        Bad(op, "groups", 7, "7"),
+    ]
+    transposed, shape = "transpose" in op, GOOD[op].get("weight", ((), None))[0]
+    if op != "conv_packed":
+        calls += [
+            Bad(op, "input", ((2, 22, 7, 6), F32), "(2, 22, 7, 6)"),
+            Bad(op, "weight", (shape, BF16), "bfloat16"),
+            Bad(op, "weight", (shape[1:], F32), str(shape[1:])),
+            Bad(op, "precision", 2, "2"),
+            Bad(op, "precision", -1, "-1"),
+        ]
+    if not transposed:
+        calls += [
+            Bad(op, "input", ((2, 20, 1, 6), F32), "(2, 20, 1, 6)"),  # of 2 pixels with padding
+            Bad(op, "algorithm", 6, "6"),
+            Bad(op, "algorithm", -1, "-1"),
+            Bad(op, "algorithm", 2, "2"),  # which takes no groups
+            Bad(op, "algorithm", 4, "4"),
+            Bad(op, "algorithm", 5, "5"),
+        ]
+    if "backward" in op:
+        whole = GOOD[op]["grad_output"][0]
+        calls += [
+            Bad(op, "grad_output", (whole, BF16), "bfloat16"),
+            Bad(op, "grad_output", (whole[1:], F32), str(whole[1:])),
+            Bad(op, "grad_output", ((2, 17, *whole[2:]), F32), str((2, 17, *whole[2:]))),
+            Bad(op, "grad_output", ((3, *whole[1:]), F32), str((3, *whole[1:]))),
+            Bad(op, "grad_output", ((2, 18, 2, 6), F32), "(2, 18, 2, 6)"),
+        ]
+        return calls
+    calls += [
+        Bad(op, "bias", ((17,), F32), "(17,)"),
+        Bad(op, "bias", ((1, 18), F32), "(1, 18)"),
+        Bad(op, "bias", ((18,), BF16), "bfloat16"),
+    ]
+    if transposed:
+        calls += [
+            Bad(op, "output_padding", [1], "1"),
+            Bad(op, "output_padding", [-1, 0], "-1"),
+            Bad(op, "output_padding", [2, 0], "2"),
+            Bad(op, "padding", [20, 0, 0, 0], "-4"),  # of which nothing is left
+        ]
+    return calls
+
+
+def bad_packed_convolution() -> list[Bad]:
+    op, pack = "conv_packed", "pack_conv_weight"
+    return [
+        Bad(op, "packed_weight", ((2, 60, 16), torch.float16), "float16"),
+        Bad(op, "packed_weight", ((2, 60, 32), F32), "(2, 60, 32)"),
+        Bad(op, "packed_weight", ((2, 61, 16), F32), "(2, 61, 16)"),
+        Bad(op, "packed_weight", ((3, 60, 16), F32), "(3, 60, 16)"),
+        Bad(op, "packed_weight", ((120, 16), F32), "(120, 16)"),
+        Bad(op, "packed_weight", ((2, 60, 32), BF16), "(2, 60, 32)"),
+        Bad(op, "packed_weight", lambda: transposed((2, 60, 16), F32), "contiguous"),
+        Bad(op, "out_channels", -2, "-2"),
+        Bad(op, "kernel_size", [3], "(3"),
+        Bad(op, "kernel_size", [0, 2], "(0, 2)"),
+        Bad(op, "residual", ((2, 18, 3, 7), F32), "(2, 18, 3, 7)"),
+        Bad(op, "residual", ((18, 3, 6), F32), "(18, 3, 6)"),
+        Bad(op, "residual", ((2, 18, 3, 6), BF16), "bfloat16"),
+        Bad(op, "activation", 8, "8"),
+        Bad(op, "activation", -1, "-1"),
+        Bad(op, "algorithm", 0, "0"),
+        Bad(pack, "weight", ((18, 10, 3, 2), F64), "float64"),
+        Bad(pack, "weight", ((18, 10), F32), "(18, 10)"),
+        Bad(pack, "weight", ((), F32), "()"),
+        Bad(pack, "groups", 0, "0"),
+        Bad(pack, "groups", 4, "4"),
+        Bad(pack, "precision", 2, "2"),
+        Bad(pack, "algorithm", 0, "0"),
+        Bad(pack, "algorithm", 6, "6"),
+        Bad(pack, "algorithm", 2, "2"),
+        Bad(pack, "algorithm", 3, "(18, 10, 3, 2)"),
+        Bad(pack, "algorithm", 5, "(18, 10, 3, 2)"),
+    ]
 
 
 def bad_decoding() -> list[Bad]:

@@ -45,10 +45,61 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "int8_linear, symmetric": (x3.to(half), packed, scale, None, None, 0, True),
         "int8_weight_only_linear": (x, packed, scale, b, r, 3),
         "int8_weight_only_linear, bf16": (x3.to(half), packed, scale, None, None, 0),
+        **conv_samples(),
         **attention_samples(),
         **decoding_samples(),
         **additive_samples(),
     }
+
+
+def conv_samples() -> dict[str, tuple[Any, ...]]:
+    """Of one to three axes, every algorithm, both layouts of the result."""
+    x, w, b = torch.randn(2, 20, 7, 6), torch.randn(18, 20, 3, 3), torch.randn(18)
+    last, r = x.to(memory_format=torch.channels_last), torch.randn(2, 18, 7, 6)
+    plane = ([1, 1], [1, 1, 1, 1], [1, 1])
+    uneven = ([2, 1], [0, 1, 2, 3], [1, 2])
+    half = (x.bfloat16(), w.bfloat16())
+    line = (torch.randn(2, 6, 9), torch.randn(4, 3, 2), None, [2], [0, 1], [3], 2)
+    space = (torch.randn(1, 3, 4, 5, 6), torch.randn(6, 3, 2, 1, 3), None)
+    cube = ([1, 2, 1], [1, 0, 0, 0, 2, 1], [2, 1, 1])
+    single, each = torch.randn(20, 1, 3, 3), torch.randn(20)
+    samples: dict[str, tuple[Any, ...]] = {
+        "conv": (x, w, b, *plane, 1, 0, 0, False),
+        "conv, channels last": (last, w, b, *uneven, 1, 0, 1, True),
+        "conv, bf16": (*half, b, *uneven, 1, 1, 0, True),
+        "conv, precision": (x, w, None, *plane, 1, 1, 0, False),
+        "conv, winograd": (last, w, None, *plane, 1, 0, 4, True),
+        "conv, depthwise": (x, single, each, *uneven, 20, 0, 5, False),
+        "conv, 1 axis": (*line, 0, 0, True),
+        "conv, 3 axes": (*space, *cube, 1, 0, 0, True),
+    }
+    for name, args in list(samples.items()):
+        dy = torch.randn_like(pbm.conv(*args))
+        need = (True, True, True) if name == "conv" else (name != "conv, bf16", True, False)
+        samples[f"conv_backward{name[4:]}"] = (dy, *args[:2], *args[3:], *need)
+    for algorithm, precision in ((1, 0), (1, 1), (2, 0), (3, 0), (4, 0)):
+        packed = pbm.pack_conv_weight(w, 1, precision, algorithm)
+        name = f", {algorithm}, {precision}"
+        samples[f"pack_conv_weight{name}"] = (w, 1, precision, algorithm)
+        epilogue = (b, r, *plane, 1, 1 + algorithm, 0.1, algorithm)
+        samples[f"conv_packed{name}"] = (last, packed, 18, [3, 3], *epilogue, algorithm > 2)
+    samples["pack_conv_weight, depthwise"] = (single, 20, 0, 5)
+    packed = pbm.pack_conv_weight(single, 20, 0, 5)
+    rest = (each, None, *uneven, 20, 7, 0.1, 5, False)
+    samples["conv_packed, depthwise"] = (half[0], packed, 20, [3, 3], *rest)
+    t, few = torch.randn(20, 9, 3, 3), torch.randn(9)
+    back = {
+        "": (x, t, few, [2, 1], [1, 1, 0, 2], [1, 0], [1, 2], 1, 0, False),
+        ", bf16": (half[0], t.bfloat16(), None, [1, 1], [0, 0, 0, 0], [0, 0], [1, 1], 1, 0, True),
+        ", groups": (last, single, None, [2, 2], [1, 1, 1, 1], [1, 0], [1, 1], 20, 1, True),
+        ", 1 axis": (line[0], torch.randn(6, 2, 4), None, [3], [1, 0], [2], [1], 2, 0, False),
+    }
+    for name, args in back.items():
+        dy = torch.randn_like(pbm.conv_transpose(*args))
+        samples[f"conv_transpose{name}"] = args
+        options = (*args[3:5], *args[6:], True, name != ", groups", name == "")
+        samples[f"conv_transpose_backward{name}"] = (dy, *args[:2], *options)
+    return samples
 
 
 def attention_samples() -> dict[str, tuple[Any, ...]]:
@@ -144,6 +195,14 @@ def test_opcheck_with_gradients(dtype: torch.dtype) -> None:
 
 
 FAMILY = [n for n in (*attention_samples(), *additive_samples()) if "backward" not in n]
+CONVOLUTIONS = [n for n in conv_samples() if re.match(r"conv(_transpose)?(,|$)", n)]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_opcheck_with_gradients_of_convolution(name: str) -> None:
+    op = getattr(pbm, name.partition(",")[0]).default
+    leaves = [v.requires_grad_() if isinstance(v, Tensor) else v for v in samples()[name]]
+    torch.library.opcheck(op, tuple(leaves))
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -358,8 +358,9 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, panels.end - panels.begin);
   // Taps whose weights stay in L2 while the rows of a block pass by.
   const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width, 1), 1);
-  // What hides taps from a quantised image is its zero point, which the sums of the weights count on.
-  const bool may_skip = flavour != Flavour::u8s8;
+  // What hides taps from a quantised image is its zero point, which the sums of the weights count on. Narrow images share
+  // a tile with the next one: the order of a pixel's sum would depend on where the tile begins.
+  const bool quantised = flavour == Flavour::u8s8, may_skip = !quantised && tiling.unit > 1;
 
   for (int64_t r0 = rows.begin; r0 < rows.end;) {
     const int64_t left = ceil_div(rows.end - r0, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
@@ -392,10 +393,11 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
           sum.p.accumulate = tap > 0;
           bool inside = taps > 0;
           for (int64_t i = 0; i < height; i++) inside = inside && whole[r + i];
+          const bool all_taps = inside || (taps > 0 && !may_skip);
           Finish finish;
-          const bool at_once = tap_end == taps && inside && may_skip &&
+          const bool at_once = tap_end == taps && all_taps && !quantised &&
                                output.finish(r0 + r, j * kPanel, width * kPanel, &finish);
-          if (inside || !may_skip)
+          if (all_taps)
             sum.add(tap, tap_end, 0, height, width, at_once ? &finish : nullptr);
           else
             sum.add_visible(tap, tap_end, height, width);

@@ -184,7 +184,7 @@ void multiply(const Products& p, int places) {
   for (int i = 0; i < places; i++)
     for (int64_t r = 0; r < p.rows;) {
       const int64_t height = ceil_div(p.rows - r, ceil_div(p.rows - r, tallest));
-      for (int64_t k = 0; k < p.c; k += kSumLanes) {
+      for (int64_t k = 0; k == 0 || k < p.c; k += kSumLanes) {  // without channels: zeros
         Brgemm b{};
         b.a = reinterpret_cast<const char*>(p.v + i * p.next + r * p.row + k);
         b.lda = p.row * 4;

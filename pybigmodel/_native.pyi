@@ -16,5 +16,6 @@ def conv_algorithm(
     groups: int,
     bf16: bool,
     exact: bool,
+    channels_last: bool = True,
 ) -> int: ...
 def retain_memory() -> None: ...

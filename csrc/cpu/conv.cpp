@@ -11,7 +11,7 @@ Tensor conv(const Tensor& input, const Tensor& weight, const std::optional<Tenso
   const ConvShape s = shape_for(op, input, weight.size(0), weight.size(1), kernel_of(weight), g);
   check_bias(op, bias, weight.size(0), input);
   const Flavour flavour = flavour_of(op, input, precision);
-  const ConvAlgorithm chosen = algorithm_of(op, s, flavour, algorithm);
+  const ConvAlgorithm chosen = algorithm_of(op, s, flavour, algorithm, !channels_last);
   const Tensor packed = pack_filters(s, flavour, chosen, filters_of(weight, s));
   return run_conv(input, s, flavour, chosen, packed, {bias, std::nullopt}, channels_last);
 }
@@ -63,7 +63,7 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed_weight, int64_t out
                   dtype_name(packed));
   STD_TORCH_CHECK(algorithm > 0, op, ": algorithm must be the one that packed_weight was packed for, got ", algorithm);
   const Flavour flavour = packed == ScalarType::Float ? Flavour::f32 : Flavour::bf16;
-  const ConvAlgorithm chosen = algorithm_of(op, s, flavour, algorithm);
+  const ConvAlgorithm chosen = algorithm_of(op, s, flavour, algorithm, !channels_last);
   int64_t sizes[3];
   packed_sizes(s, flavour, chosen, sizes);
   bool same = packed_weight.dim() == 3 && packed_weight.is_contiguous();

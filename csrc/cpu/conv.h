@@ -28,7 +28,7 @@ void check_geometry(const char* op, int64_t axes, const Ints& kernel, const Conv
 ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t c, const Ints& kernel,
                     const ConvGeometry& g);
 Flavour flavour_of(const char* op, const Tensor& input, int64_t precision);
-ConvAlgorithm algorithm_of(const char* op, const ConvShape& shape, Flavour flavour, int64_t value);
+ConvAlgorithm algorithm_of(const char* op, const ConvShape& shape, Flavour flavour, int64_t value, bool planes);
 
 inline Ints kernel_of(const Tensor& weight) {
   Ints kernel;
@@ -98,6 +98,9 @@ struct ConvEpilogue {
   double slope = 0;
 };
 
+// Without weight, output and epilogue; the input with contiguous rows of pixels.
+ConvPlanes planes_of(const ConvShape& shape, const Tensor& input);
+Tensor in_planes(const Tensor& t);
 Tensor run_conv(const Tensor& input, const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm,
                 const Tensor& packed, const ConvEpilogue& epilogue, bool channels_last);
 // The transpose of this convolution's matrix: from its outputs (N, groups·n, …) to its inputs, plus a bias.

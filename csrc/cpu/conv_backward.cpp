@@ -245,6 +245,32 @@ void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& d
   write_weight(s, {sum, s.c, columns}, 0, out);
 }
 
+// Each thread its images, and its sums.
+void planes_gradient(const ConvShape& s, const Tensor& input, const Tensor& grad_output, const Tensor& out) {
+  const Tensor x = in_planes(input), dy = as_contiguous(grad_output);
+  const ConvPlanes p = planes_of(s, x);
+  const int64_t count = s.n * s.c * s.taps(), threads = torch::stable::get_num_threads();
+  const int64_t parts = s.batch < threads ? s.batch : threads;
+  const Tensor sums = zeroed(parts * count * kPanel);
+  float* sum = static_cast<float*>(sums.mutable_data_ptr());
+  const void* gradients = data_of("grad_output", dy);
+  parallel(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      kernels().conv_planes_gradient(p, gradients, part(s.batch, 1, parts, i), sum + i * count * kPanel);
+  });
+  std::vector<float> filters(static_cast<size_t>(count));  // [n][c][tap], as the weight is
+  for (int64_t i = 0; i < count; i++) {
+    float total = 0;
+    for (int64_t t = 0; t < parts; t++)
+      for (int64_t lane = 0; lane < kPanel; lane++) total += sum[(t * count + i) * kPanel + lane];
+    filters[static_cast<size_t>(i)] = total;
+  }
+  ConvShape whole = s;
+  whole.c = s.c * s.taps();
+  whole.kernel[0] = whole.kernel[1] = whole.kernel[2] = 1;
+  write_weight(whole, {filters.data(), 0, whole.c}, 0, out);
+}
+
 void depthwise_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
   const int64_t blocks = ceil_div(s.groups, kPanel), taps = s.taps();
   const Tensor sums = zeroed(blocks * taps * kPanel);
@@ -295,6 +321,11 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const Con
                        out);
     return out;
   }
+  if (s.c < kPanel && s.n <= kPanel && s.n * s.c * s.taps() <= 8192 &&
+      conv_admits(s, Flavour::f32, ConvAlgorithm::planes)) {
+    planes_gradient(s, input, grad_output, out);
+    return out;
+  }
   const ImageView dy = image_of("grad_output", grad_output, out_size, DType::f32);
   const bool few = s.groups == 1 && s.c < kPanel && s.taps() > 1 && s.pad_end[2] >= 0;
   const ImageView x = image_of("input", input, s.in, DType::f32, few ? s.pad[2] : 0, few ? s.pad_end[2] : 0);
@@ -307,6 +338,25 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const Con
   return out;
 }
 
+// Of contiguous planes: sixteen sums a plane, which bound the rounding error too.
+void sum_planes(const Tensor& grad_output, int64_t pixels, float* out) {
+  const float* dy = static_cast<const float*>(grad_output.const_data_ptr());
+  const int64_t batch = grad_output.size(0), channels = grad_output.size(1);
+  in_parallel(channels, [&](int64_t c) {
+    double total = 0;
+    for (int64_t n = 0; n < batch; n++) {
+      const float* plane = dy + (n * channels + c) * pixels;
+      float sums[16] = {};
+      int64_t i = 0;
+      for (; i + 16 <= pixels; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += plane[i + j];
+      for (; i < pixels; i++) sums[i % 16] += plane[i];
+      for (const float sum : sums) total += sum;
+    }
+    out[c] = static_cast<float>(total);
+  });
+}
+
 // In fp32 whatever the gradient's dtype, as linear's.
 Tensor bias_gradient(const Tensor& grad_output) {
   const int64_t channels = grad_output.size(1);
@@ -316,6 +366,11 @@ Tensor bias_gradient(const Tensor& grad_output) {
     size[i] = axis < 0 ? 1 : grad_output.size(axis);
   }
   const Tensor out = empty_cpu(&channels, 1, ScalarType::Float);
+  const int64_t pixels = size[0] * size[1] * size[2];
+  if (pixels > 1 && grad_output.is_contiguous() && dtype_of(grad_output) == DType::f32) {
+    sum_planes(grad_output, pixels, static_cast<float*>(out.mutable_data_ptr()));
+    return out;
+  }
   const ImageView dy = image_of("grad_output", dense(grad_output), size, dtype_of(grad_output));
   const int64_t rows = grad_output.size(0) * size[0] * size[1] * size[2];
   const ColumnSum s{rows, channels, dy.image.data, dtype_of(grad_output), channels, out.mutable_data_ptr(), DType::f32};
@@ -361,7 +416,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
   const int64_t size[3] = {s.out(0), s.out(1), s.out(2)};
   check_grad_output(op, grad_output, input, weight.size(0), size);
   const Flavour flavour = flavour_of(op, input, precision);
-  const ConvAlgorithm chosen = algorithm_of(op, s, flavour, algorithm);
+  const ConvAlgorithm chosen = algorithm_of(op, s, flavour, algorithm, !channels_last);
   const bool exact = algorithm != 0 && chosen != ConvAlgorithm::winograd2 && chosen != ConvAlgorithm::winograd4;
   return {need_input
               ? run_transposed(grad_output, s, flavour, filters_of(weight, s), exact, std::nullopt, channels_last)
@@ -450,7 +505,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_ou
   }
   const Flavour flavour = flavour_of(op, input, precision);
   const auto grad_input = [&] {
-    const ConvAlgorithm chosen = choose_conv(s, flavour, false);
+    const ConvAlgorithm chosen = choose_conv(s, flavour, false, !channels_last);
     const Tensor packed = pack_filters(s, flavour, chosen, filters_of(weight, s));
     return run_conv(grad_output, s, flavour, chosen, packed, {}, channels_last);
   };

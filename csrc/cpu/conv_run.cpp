@@ -1,3 +1,4 @@
+#include <cstring>
 #include <memory>
 
 #include "cpu/conv.h"
@@ -266,9 +267,79 @@ bool as_convolution(const ConvShape& s, const int64_t (&size)[3], ConvShape* tur
 
 }  // namespace
 
+ConvPlanes planes_of(const ConvShape& s, const Tensor& input) {
+  const Strides strides = strides_of(input);
+  ConvPlanes p{};
+  p.c = s.c;
+  p.n = s.n;
+  p.dtype = dtype_of(input);
+  p.x = data_of("input", input);
+  p.h = s.in[1];
+  p.w = s.in[2];
+  p.x_batch = strides.batch;
+  p.x_channel = strides.channel;
+  p.x_row = strides.spatial[1];
+  p.kernel_h = s.kernel[1];
+  p.kernel_w = s.kernel[2];
+  p.stride_h = s.stride[1];
+  p.pad_h = s.pad[1];
+  p.pad_w = s.pad[2];
+  p.dilation_h = s.dilation[1];
+  p.dilation_w = s.dilation[2];
+  p.out_h = s.out(1);
+  p.out_w = s.out(2);
+  return p;
+}
+
+Tensor in_planes(const Tensor& t) {
+  const int64_t axis = t.dim() - 1;
+  return t.size(axis) == 1 || t.stride(axis) == 1 ? t : torch::stable::contiguous(t);
+}
+
+static Tensor run_planes(const Tensor& input, const ConvShape& s, const Tensor& packed, const ConvEpilogue& e,
+                         bool channels_last) {
+  const int64_t size[3] = {1, s.out(1), s.out(2)};
+  const Tensor out = empty_image(input.dim(), s.batch, s.n, size, input.scalar_type(), false);
+  if (out.numel() == 0) return out;
+  const Tensor x = in_planes(input);
+  ConvPlanes p = planes_of(s, x);
+  p.weight = static_cast<const float*>(packed.const_data_ptr());
+  p.out = out.mutable_data_ptr();
+  Tensor bias, residual;
+  if (e.bias) {
+    bias = as_contiguous(*e.bias);
+    p.bias = data_of("bias", bias);
+    p.bias_dtype = dtype_of(bias);
+  }
+  if (e.residual) {
+    residual = as_contiguous(*e.residual);
+    p.residual = data_of("residual", residual);
+  }
+  p.activation = static_cast<Activation>(e.activation);
+  p.slope = static_cast<float>(e.slope);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t cuts = s.batch < 2 * threads && s.pixels() > 1024 ? ceil_div(2 * threads, s.batch) : 1;
+  const int64_t parts = s.batch * cuts < threads ? s.batch * cuts : threads;
+  parallel(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Range items = part(s.batch * cuts, 1, parts, i);
+      for (int64_t item = items.begin; item < items.end; item++) {
+        const Range rows = part(p.out_h, 1, cuts, item % cuts);
+        if (rows.begin < rows.end) kernels().conv_planes(p, item / cuts, rows);
+      }
+    }
+  });
+  if (!channels_last || s.n == 1 || s.pixels() == s.batch) return out;
+  const ImageView turned = image_of("output", out, size, dtype_of(out));
+  const Tensor last = empty_image(input.dim(), s.batch, s.n, size, input.scalar_type(), true);
+  std::memcpy(last.mutable_data_ptr(), turned.image.data, static_cast<size_t>(out.numel() * size_of(dtype_of(out))));
+  return last;
+}
+
 Tensor run_conv(const Tensor& input, const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm, const Tensor& packed,
                 const ConvEpilogue& e, bool channels_last) {
   const int64_t n = s.n_all(), size[3] = {s.out(0), s.out(1), s.out(2)};
+  if (algorithm == ConvAlgorithm::planes) return run_planes(input, s, packed, e, channels_last);
   const OutputImage out(input.dim(), s.batch, n, size, input.scalar_type(), channels_last);
   if (out.out.numel() == 0) return out.out;
   const bool merged = algorithm == ConvAlgorithm::direct_rows, depthwise = algorithm == ConvAlgorithm::depthwise;
@@ -316,7 +387,7 @@ Tensor run_transposed(const Tensor& input, const ConvShape& s, Flavour flavour, 
       swapped.kernel[axis] = -f.kernel[axis];
     }
     swapped.data = last;
-    const ConvAlgorithm algorithm = choose_conv(turned, flavour, exact);
+    const ConvAlgorithm algorithm = choose_conv(turned, flavour, exact, !channels_last);
     const Tensor packed = pack_filters(turned, flavour, algorithm, swapped);
     return run_conv(input, turned, flavour, algorithm, packed, {bias, std::nullopt}, channels_last);
   }

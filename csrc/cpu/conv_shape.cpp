@@ -72,11 +72,11 @@ Flavour flavour_of(const char* op, const Tensor& input, int64_t precision) {
   return precision == 1 || input.scalar_type() == ScalarType::BFloat16 ? Flavour::bf16 : Flavour::f32;
 }
 
-ConvAlgorithm algorithm_of(const char* op, const ConvShape& shape, Flavour flavour, int64_t value) {
+ConvAlgorithm algorithm_of(const char* op, const ConvShape& shape, Flavour flavour, int64_t value, bool planes) {
   STD_TORCH_CHECK(value >= 0 && value < kConvAlgorithmCount, op, ": algorithm must be in [0, ", kConvAlgorithmCount,
                   "), got ", value);
   const auto algorithm = static_cast<ConvAlgorithm>(value);
-  if (algorithm == ConvAlgorithm::automatic) return choose_conv(shape, flavour, false);
+  if (algorithm == ConvAlgorithm::automatic) return choose_conv(shape, flavour, false, planes);
   STD_TORCH_CHECK(conv_admits(shape, flavour, algorithm), op, ": algorithm ", value,
                   " does not compute a convolution of this kernel, stride, dilation, groups and precision");
   return algorithm;

@@ -96,6 +96,15 @@ void pack_for_winograd(const ConvShape& s, const Filters& f, int m, float* out) 
   });
 }
 
+void pack_for_planes(const ConvShape& s, const Filters& f, float* out) {
+  for (int64_t n = 0; n < ceil_div(s.n, 8) * 8; n++)
+    for (int64_t c = 0; c < s.c; c++)
+      for (int64_t t = 0; t < s.taps(); t++) {
+        const int64_t at = n * f.n + c * f.c + t / s.kernel[2] * f.kernel[1] + t % s.kernel[2] * f.kernel[2];
+        out[((n / 8 * s.c + c) * s.taps() + t) * 8 + n % 8] = n < s.n ? value_of(f.data, f.dtype, at) : 0.f;
+      }
+}
+
 void pack_for_depthwise(const ConvShape& s, const Filters& f, float* out) {
   for (int64_t g = 0; g < ceil_div(s.groups, kPanel) * kPanel; g++)
     for (int64_t t = 0; t < s.taps(); t++) {
@@ -119,6 +128,8 @@ void packed_sizes(const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm, 
   if (algorithm == ConvAlgorithm::winograd2 || algorithm == ConvAlgorithm::winograd4) {
     const int64_t places = algorithm == ConvAlgorithm::winograd2 ? 16 : 36;
     sizes[0] = panels, sizes[1] = places * s.c, sizes[2] = kPanel;
+  } else if (algorithm == ConvAlgorithm::planes) {
+    sizes[0] = ceil_div(s.n, 8), sizes[1] = s.c * s.taps(), sizes[2] = 8;
   } else if (algorithm == ConvAlgorithm::depthwise) {
     sizes[0] = ceil_div(s.groups, kPanel), sizes[1] = s.taps(), sizes[2] = kPanel;
   } else {
@@ -137,6 +148,8 @@ Tensor pack_filters(const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm
   float* data = static_cast<float*>(out.mutable_data_ptr());
   if (algorithm == ConvAlgorithm::winograd2 || algorithm == ConvAlgorithm::winograd4) {
     pack_for_winograd(s, f, algorithm == ConvAlgorithm::winograd2 ? 2 : 4, data);
+  } else if (algorithm == ConvAlgorithm::planes) {
+    pack_for_planes(s, f, data);
   } else if (algorithm == ConvAlgorithm::depthwise) {
     pack_for_depthwise(s, f, data);
   } else {

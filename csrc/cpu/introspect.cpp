@@ -24,7 +24,7 @@ double measure_read_bandwidth(size_t bytes, double seconds) {
 
 int conv_algorithm(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, int64_t groups, bool bf16, bool exact) {
+                   const std::vector<int64_t>& dilation, int64_t groups, bool bf16, bool exact, bool channels_last) {
   const size_t axes = input.size() - 2;
   if (input.size() < 3 || input.size() > 5 || weight.size() != input.size() || stride.size() != axes ||
       padding.size() != 2 * axes || dilation.size() != axes || groups < 1)
@@ -44,7 +44,7 @@ int conv_algorithm(const std::vector<int64_t>& input, const std::vector<int64_t>
     s.pad[i] = there ? padding[2 * at] : 0;
     s.pad_end[i] = there ? padding[2 * at + 1] : 0;
   }
-  return static_cast<int>(choose_conv(s, bf16 ? Flavour::bf16 : Flavour::f32, exact));
+  return static_cast<int>(choose_conv(s, bf16 ? Flavour::bf16 : Flavour::f32, exact, !channels_last));
 }
 
 }  // namespace pbm

@@ -18,6 +18,7 @@ PBM_EXPORT double measure_read_bandwidth(size_t bytes, double seconds);
 // after, axis by axis. 0 where the lists do not describe a convolution.
 PBM_EXPORT int conv_algorithm(const std::vector<int64_t>& input, const std::vector<int64_t>& weight,
                               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                              const std::vector<int64_t>& dilation, int64_t groups, bool bf16, bool exact);
+                              const std::vector<int64_t>& dilation, int64_t groups, bool bf16, bool exact,
+                              bool channels_last);
 
 }  // namespace pbm

@@ -95,6 +95,23 @@ struct WeightSum {
   int64_t sum_row;
 };
 
+// Few channels in planes (N, C, H, W); stride 1 along w; groups 1. Strides in elements, pixels of a row contiguous.
+struct ConvPlanes {
+  int64_t c, n;
+  DType dtype;  // of x, out and residual
+  const void* x;
+  int64_t h, w, x_batch, x_channel, x_row;
+  int64_t kernel_h, kernel_w, stride_h, pad_h, pad_w, dilation_h, dilation_w;
+  const float* weight;  // [eight filters][c][tap][8]
+  void* out;            // dense
+  int64_t out_h, out_w;
+  const void* bias;
+  DType bias_dtype;
+  const void* residual;  // dense, added before the activation
+  Activation activation;
+  float slope;
+};
+
 // The same one channel at a time: out[tap][channel] += Σ dy·x over rows of outputs.
 struct DepthwiseWeightSum {
   int64_t batch, channels, out[3];

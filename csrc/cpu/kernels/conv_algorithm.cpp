@@ -12,13 +12,20 @@ bool conv_admits(const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm) {
              s.kernel[1] == 3 && s.kernel[2] == 3 && s.stride[1] == 1 && s.stride[2] == 1 && s.dilation[1] == 1 &&
              s.dilation[2] == 1;
     case ConvAlgorithm::depthwise: return flavour != Flavour::u8s8 && s.c == 1 && s.n == 1;
+    case ConvAlgorithm::planes: {
+      const int64_t row = s.out(2) + 16 + (s.kernel[2] - 1) * s.dilation[2], rows = s.in[1] + s.pad[1] + s.pad_end[1];
+      return flavour == Flavour::f32 && s.groups == 1 && s.in[0] == 1 && s.kernel[0] == 1 && s.pad[0] == 0 &&
+             s.pad_end[0] == 0 && s.stride[2] == 1 && s.c * rows * row * 4 <= int64_t{1} << 20;
+    }
     case ConvAlgorithm::direct_rows: return s.groups == 1 && s.dilation[2] == 1 && s.pad_end[2] >= 0;
     default: return true;
   }
 }
 
-ConvAlgorithm choose_conv(const ConvShape& s, Flavour flavour, bool exact) {
+ConvAlgorithm choose_conv(const ConvShape& s, Flavour flavour, bool exact, bool planes) {
   if (s.groups > 1 && conv_admits(s, flavour, ConvAlgorithm::depthwise)) return ConvAlgorithm::depthwise;
+  if (planes && s.c <= 16 && s.n <= 16 && s.out(2) >= 8 && conv_admits(s, flavour, ConvAlgorithm::planes))
+    return ConvAlgorithm::planes;
   // Sixteen lanes a tap keep the tile busy between two of them.
   if (s.c < 16 && s.kernel[2] > 1 && conv_admits(s, flavour, ConvAlgorithm::direct_rows))
     return ConvAlgorithm::direct_rows;

@@ -8,9 +8,10 @@
 namespace pbm {
 
 // The integers of the op schemas; automatic: the choice below. direct: taps as the batch of the product; direct_rows: a
-// kernel's rows, whose taps and channels lie side by side, for images of few channels.
-enum class ConvAlgorithm : int { automatic, direct, direct_rows, winograd2, winograd4, depthwise };
-constexpr int kConvAlgorithmCount = 6;
+// kernel's rows, whose taps and channels lie side by side, for images of few channels; planes: images whose channels, in
+// and out, are so few that pixels are the better lanes, and lie plane by plane.
+enum class ConvAlgorithm : int { automatic, direct, direct_rows, winograd2, winograd4, depthwise, planes };
+constexpr int kConvAlgorithmCount = 7;
 
 // Spatial axes are d, h, w; those that the convolution lacks have size, kernel, stride and dilation 1, padding 0.
 struct ConvShape {
@@ -31,8 +32,9 @@ struct ConvShape {
 
 // Whether the algorithm can compute it at all.
 bool conv_admits(const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm);
-// The one expected to be the fastest. exact: none that rounds more than the sum of the products does.
-ConvAlgorithm choose_conv(const ConvShape& shape, Flavour flavour, bool exact);
+// The one expected to be the fastest. exact: none that rounds more than the sum of the products does; planes: the result
+// is to lie plane by plane.
+ConvAlgorithm choose_conv(const ConvShape& shape, Flavour flavour, bool exact, bool planes);
 
 // How the pixels of a grid are cut over threads, rows into m parts and panels into n, for one group.
 Grid direct_grid(int64_t rows, int64_t taps, int64_t lanes, int64_t panels, int64_t threads);

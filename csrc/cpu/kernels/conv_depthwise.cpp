@@ -11,8 +11,8 @@ constexpr int kStrip = 8;
 
 // Sixteen channels of one row of outputs; distances in floats.
 struct Row {
-  const float* const* rows;      // of the input, from tap 0 of output 0 on; those that exist
-  const float* const* weights;   // the first tap of each of these: [tap][16]
+  const float* const* rows;     // of the input, from tap 0 of output 0 on; those that exist
+  const float* const* weights;  // the first tap of each of these: [tap][16]
   int64_t row_count;
   int64_t taps;       // along w
   int64_t next, tap;  // from one output, one tap to the next

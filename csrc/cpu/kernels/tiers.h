@@ -37,6 +37,9 @@ struct Kernels {
   void (*conv_winograd)(const Winograd&, int64_t group, Range tiles, Range panels);
   // Output rows (batch, d, h) and blocks of sixteen channels.
   void (*conv_depthwise)(const Depthwise&, Range rows, Range blocks);
+  // Rows of outputs of an image; the sums of lanes [n][c][tap][16] of the weight gradient, of some images.
+  void (*conv_planes)(const ConvPlanes&, int64_t image, Range rows);
+  void (*conv_planes_gradient)(const ConvPlanes&, const void* dy, Range images, float* sums);
   // Rows of n and panels of c.
   void (*conv_weight_sum)(const WeightSum&, Range rows, Range panels);
   // Tile i of the range comes to place i of the tiles.

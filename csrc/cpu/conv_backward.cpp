@@ -303,6 +303,8 @@ bool worth_winograd(const ConvShape& s) {
   return s.c >= kPanel && s.n >= kPanel && 36 * s.c * s.n * 4 <= int64_t{12} << 20 && s.out(1) >= 4 && s.out(2) >= 4;
 }
 
+bool is_winograd(ConvAlgorithm a) { return a == ConvAlgorithm::winograd2 || a == ConvAlgorithm::winograd4; }
+
 // The products are computed in fp32, whatever the tensors' dtype.
 Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const ConvShape& s, const Tensor& weight,
                        bool exact) {
@@ -417,7 +419,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad_output, cons
   check_grad_output(op, grad_output, input, weight.size(0), size);
   const Flavour flavour = flavour_of(op, input, precision);
   const ConvAlgorithm chosen = algorithm_of(op, s, flavour, algorithm, !channels_last);
-  const bool exact = algorithm != 0 && chosen != ConvAlgorithm::winograd2 && chosen != ConvAlgorithm::winograd4;
+  const bool exact = !is_winograd(chosen);  // as the forward
   return {need_input
               ? run_transposed(grad_output, s, flavour, filters_of(weight, s), exact, std::nullopt, channels_last)
               : none(input.scalar_type()),
@@ -504,13 +506,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_ou
     s.pad_end[i] -= beyond * s.stride[i];
   }
   const Flavour flavour = flavour_of(op, input, precision);
+  const ConvAlgorithm chosen = choose_conv(s, flavour, false, !channels_last);
   const auto grad_input = [&] {
-    const ConvAlgorithm chosen = choose_conv(s, flavour, false, !channels_last);
     const Tensor packed = pack_filters(s, flavour, chosen, filters_of(weight, s));
     return run_conv(grad_output, s, flavour, chosen, packed, {}, channels_last);
   };
   return {need_input ? grad_input() : none(input.scalar_type()),
-          need_weight ? weight_gradient(grad_output, input, s, weight, false) : none(input.scalar_type()),
+          need_weight ? weight_gradient(grad_output, input, s, weight, !is_winograd(chosen)) : none(input.scalar_type()),
           need_bias ? bias_gradient(grad_output) : none(ScalarType::Float)};
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pybigmodel.ops import _checks as check
 from pybigmodel.ops._common import CONV_ACTIVATIONS
-from pybigmodel.ops._conv_geometry import ALGORITHMS, AUTO, WINOGRAD
+from pybigmodel.ops._conv_geometry import ALGORITHMS, AUTO, WINOGRAD, Geometry, admits
 
 INT32_MAX = 2**31 - 1  # of a stride and the like, so that no size overflows
 ALGORITHM_COUNT = len(ALGORITHMS) + 1  # automatic is 0
@@ -103,47 +103,10 @@ def check_weight(op: str, input: Tensor, weight: Tensor) -> None:
     check.check_dim(op, "weight", weight, input.dim())
 
 
-def admits(
-    weight: Sequence[int],
-    depth: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bf16: bool,
-    algorithm: int,
-) -> bool:
-    """conv_admits of csrc/cpu/kernels/conv_algorithm.cpp; depth: of the image, 1 without one."""
-    n, c, *kernel = weight
-    if algorithm in WINOGRAD:
-        flat = len(kernel) == 2 or (
-            len(kernel) == 3 and depth == kernel[0] == 1 and padding[0] == padding[1] == 0
-        )
-        plane = stride[-2:] + dilation[-2:] if flat else ()  # type: ignore[operator]
-        return flat and not bf16 and kernel[-2:] == [3, 3] and all(one == 1 for one in plane)
-    if algorithm == ALGORITHMS["depthwise"]:
-        return c == 1 and n == groups
-    if algorithm == ALGORITHMS["direct_rows"]:
-        return groups == 1 and dilation[-1] == 1
-    return True
-
-
-def check_algorithm(
-    op: str,
-    algorithm: int,
-    input: Tensor,
-    weight: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bf16: bool,
-) -> None:
+def check_algorithm(op: str, algorithm: int, geometry: Geometry) -> None:
     check.check_range(op, "algorithm", algorithm, ALGORITHM_COUNT)
-    depth = input.shape[2] if input.dim() == 5 else 1
     torch._check(
-        algorithm == AUTO
-        or admits(weight, depth, stride, padding, dilation, groups, bf16, algorithm),
+        algorithm == AUTO or admits(geometry, algorithm),
         lambda: (
             f"{op}: algorithm {algorithm} does not compute a convolution of this kernel, stride, "
             "dilation, groups and precision"
@@ -160,6 +123,8 @@ def packed_sizes(weight: Sequence[int], groups: int, bf16: bool, algorithm: int)
         return [panels, places * c, check.PANEL]
     if algorithm == ALGORITHMS["depthwise"]:
         return [check.ceil_div(groups, check.PANEL), taps, check.PANEL]
+    if algorithm == ALGORITHMS["planes"]:
+        return [check.ceil_div(n, 8), c * taps, 8]
     run = kernel[-1] if algorithm == ALGORITHMS["direct_rows"] else 1
     per_lane = 2 if bf16 else 1
     lanes = check.ceil_div(run * c, per_lane)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from math import prod
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -11,8 +12,10 @@ Ints: TypeAlias = int | Sequence[int]
 # Of an axis: as much on either side, or (before, after).
 Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
 ConvAlgorithm: TypeAlias = Literal["auto", "direct", "winograd2", "winograd4", "depthwise"]
-# One kernel and one packed layout each; what "direct" above chooses from is three of them.
-PackedAlgorithm: TypeAlias = Literal["direct", "direct_rows", "winograd2", "winograd4", "depthwise"]
+# One kernel and one packed layout each; what "direct" above chooses from is all but Winograd.
+PackedAlgorithm: TypeAlias = Literal[
+    "direct", "direct_rows", "winograd2", "winograd4", "depthwise", "planes"
+]
 
 AUTO = 0
 # The integers of the op schemas (csrc/cpu/kernels/conv_algorithm.h).
@@ -22,6 +25,7 @@ ALGORITHMS: dict[PackedAlgorithm, int] = {
     "winograd2": 3,
     "winograd4": 4,
     "depthwise": 5,
+    "planes": 6,
 }
 WINOGRAD = (ALGORITHMS["winograd2"], ALGORITHMS["winograd4"])
 LANES = 16  # of a register of floats; fewer channels leave some of them idle
@@ -35,11 +39,11 @@ def packed_algorithm_code(algorithm: str) -> int:
         raise ValueError(f"algorithm must be one of {names}; got {algorithm!r}") from None
 
 
-def algorithm_code(algorithm: str, weight: Tensor, dilation: Sequence[int], groups: int) -> int:
+def algorithm_code(algorithm: str, geometry: Geometry, channels_last: bool) -> int:
     if algorithm == "auto":
         return AUTO
     if algorithm == "direct":
-        return exact_algorithm(weight.shape, dilation, groups)
+        return exact_algorithm(geometry, channels_last)
     if algorithm not in ("winograd2", "winograd4", "depthwise"):
         raise ValueError(
             "algorithm must be one of auto, direct, winograd2, winograd4, depthwise; got "
@@ -48,16 +52,57 @@ def algorithm_code(algorithm: str, weight: Tensor, dilation: Sequence[int], grou
     return packed_algorithm_code(algorithm)
 
 
-def exact_algorithm(weight: Sequence[int], dilation: Sequence[int], groups: int) -> int:
-    """What _native.conv_algorithm chooses with exact=True, in Python that torch.compile follows:
-    the size of the image has no part in it."""
-    if groups > 1 and weight[0] == groups and weight[1] == 1:
+class Geometry(NamedTuple):
+    """Of a convolution; all that its algorithm depends on."""
+
+    size: Sequence[int]  # of the image
+    weight: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]  # before and after, axis by axis
+    dilation: Sequence[int]
+    groups: int
+    bf16: bool  # products
+
+
+def exact_algorithm(geometry: Geometry, channels_last: bool) -> int:
+    """What _native.conv_algorithm chooses with exact=True, in Python that torch.compile follows."""
+    if geometry.groups > 1 and admits(geometry, ALGORITHMS["depthwise"]):
         return ALGORITHMS["depthwise"]
-    if len(weight) < 3:  # the op says so
-        return AUTO
-    if weight[1] < LANES and weight[-1] > 1 and groups == 1 and dilation[-1] == 1:
+    channels, n = geometry.weight[1], geometry.weight[0]
+    few = not channels_last and channels <= LANES and n <= LANES
+    if few and admits(geometry, ALGORITHMS["planes"]) and _width(geometry) >= LANES // 2:
+        return ALGORITHMS["planes"]
+    rows = channels < LANES and geometry.weight[-1] > 1
+    if rows and admits(geometry, ALGORITHMS["direct_rows"]):
         return ALGORITHMS["direct_rows"]
     return ALGORITHMS["direct"]
+
+
+def _width(geometry: Geometry) -> int:
+    """Of the output."""
+    reach = (geometry.weight[-1] - 1) * geometry.dilation[-1] + 1
+    padded = geometry.size[-1] + geometry.padding[-2] + geometry.padding[-1]
+    return (padded - reach) // geometry.stride[-1] + 1 if padded >= reach else 0
+
+
+def admits(geometry: Geometry, algorithm: int) -> bool:
+    """conv_admits of csrc/cpu/kernels/conv_algorithm.cpp."""
+    size, (n, c, *kernel), stride, padding, dilation, groups, bf16 = geometry
+    # No depth, or one of 1 that is not padded.
+    flat = len(kernel) < 3 or (size[0] == kernel[0] == 1 and padding[0] == padding[1] == 0)
+    if algorithm in WINOGRAD:
+        steps = (*stride[-2:], *dilation[-2:])
+        return flat and not bf16 and kernel[-2:] == [3, 3] and all(one == 1 for one in steps)
+    if algorithm == ALGORITHMS["depthwise"]:
+        return c == 1 and n == groups
+    if algorithm == ALGORITHMS["planes"]:
+        row = _width(geometry) + 16 + (kernel[-1] - 1) * dilation[-1]
+        rows = size[-2] + padding[-4] + padding[-3] if len(kernel) > 1 else 1
+        fits = c * prod(kernel) <= 400 and c * rows * row * 4 <= 1 << 20
+        return flat and not bf16 and groups == 1 and stride[-1] == 1 and fits
+    if algorithm == ALGORITHMS["direct_rows"]:
+        return groups == 1 and dilation[-1] == 1
+    return True
 
 
 def per_axis(op: str, name: str, value: Ints, axes: int) -> list[int]:

@@ -14,7 +14,6 @@ from pybigmodel.ops._autocast import register_autocast
 from pybigmodel.ops._common import ForwardModeError, once_differentiable
 from pybigmodel.ops._conv_checks import (
     ALGORITHM_COUNT,
-    admits,
     check_algorithm,
     check_channels,
     check_conv_activation,
@@ -28,7 +27,7 @@ from pybigmodel.ops._conv_checks import (
     packed_sizes,
     transposed_sizes,
 )
-from pybigmodel.ops._conv_geometry import ALGORITHMS
+from pybigmodel.ops._conv_geometry import ALGORITHMS, Geometry, admits
 
 _ops = torch.ops.pybigmodel
 
@@ -64,7 +63,8 @@ def _conv_shape(
     check_channels(op, input, groups, weight.shape[1])
     check.check_range(op, "precision", precision, 2)
     bf16 = _is_bf16(input, precision)
-    check_algorithm(op, algorithm, input, weight.shape, stride, padding, dilation, groups, bf16)
+    geometry = (input.shape[2:], weight.shape, stride, padding, dilation, groups, bf16)
+    check_algorithm(op, algorithm, Geometry(*geometry))
     return input.shape[0], weight.shape[0], *sizes
 
 
@@ -101,8 +101,9 @@ def _pack_conv_weight_fake(weight: Tensor, groups: int, precision: int, algorith
     check.check_range(op, "precision", precision, 2)
     bf16 = _is_bf16(weight, precision)
     ones = [1] * (weight.dim() - 2)
+    geometry = Geometry(ones, weight.shape, ones, [0] * 6, ones, groups, bf16)
     torch._check(
-        admits(weight.shape, 1, ones, [0, 0], ones, groups, bf16, algorithm),
+        admits(geometry, algorithm),
         lambda: (
             f"{op}: algorithm {algorithm} takes no weight of shape {tuple(weight.shape)} with "
             f"groups = {groups} in this precision"
@@ -152,7 +153,8 @@ def _conv_packed_fake(
     )
     bf16 = packed_weight.dtype == torch.bfloat16
     weight = (out_channels, channels // groups, *kernel_size)
-    check_algorithm(op, algorithm, input, weight, stride, padding, dilation, groups, bf16)
+    geometry = (input.shape[2:], weight, stride, padding, dilation, groups, bf16)
+    check_algorithm(op, algorithm, Geometry(*geometry))
     packed = packed_sizes(weight, groups, bf16, algorithm)
     why = (
         f"must be contiguous with shape {tuple(packed)}, as pack_conv_weight makes it for this "

@@ -24,7 +24,9 @@ from pybigmodel.ops._common import (
 )
 from pybigmodel.ops._conv_geometry import (
     ALGORITHMS,
+    AUTO,
     ConvAlgorithm,
+    Geometry,
     Ints,
     PackedAlgorithm,
     Padding,
@@ -86,23 +88,23 @@ def conv2d(
         precision: "fp32", or "bf16": products of operands rounded to bfloat16, summed in fp32.
             bfloat16 tensors always take the latter.
         algorithm: "auto" chooses by the shape (:func:`conv_algorithm`). "direct" sums the products
-            as they are. "winograd2" and "winograd4" are F(2×2, 3×3) and F(4×4, 3×3), for 3×3
-            kernels with stride and dilation 1 in float32 products. "depthwise" takes one filter a
-            channel.
+            as they are, by one of four kernels. "winograd2" and "winograd4" are F(2×2, 3×3) and
+            F(4×4, 3×3), for 3×3 kernels with stride and dilation 1 in float32 products. "depthwise"
+            takes one filter a channel.
 
     Returns:
         (N, O, H', W') or (O, H', W'), input's dtype; channels_last if input or weight is, by
         torch's rule.
 
     Numerics: fp32 accumulation, direct in chains of at most 256 terms (512 in bf16) that are then
-    added up, depthwise in one chain; one rounding to the output's dtype. Depthwise products are
-    float32 ones in every precision. Winograd's error is at most ``1e-6·max|x|·Σ|w|`` (F(2×2)) and
-    ``4e-5·max|x|·Σ|w|`` (F(4×4)), Σ over the weights of an output channel; of normally distributed
-    tensors it is 5e-7 and 3.5e-6 of the result, up to 2 and 12 times that of the direct sum; see
-    docs/numerics.md. A NaN or ∞ in the image spoils the outputs that see it; under Winograd those
-    of the tiles that do, and magnitudes above 1e36 may overflow. Under autograd, activation and
-    residual run as torch ops on the rounded result. bfloat16 products treat subnormals as zero on
-    the avx512_bf16 tier.
+    added up, depthwise and of few channels in one chain (of the latter at most 400); one rounding
+    to the output's dtype. Depthwise products are float32 ones in every precision. Winograd's error
+    is at most ``1e-6·max|x|·Σ|w|`` (F(2×2)) and ``4e-5·max|x|·Σ|w|`` (F(4×4)), Σ over the weights
+    of an output channel; of normally distributed tensors it is 5e-7 and 3.5e-6 of the result, up to
+    2 and 12 times that of the direct sum; see docs/numerics.md. A NaN or ∞ in the image spoils the
+    outputs that see it; under Winograd those of the tiles that do, and magnitudes above 1e36 may
+    overflow. Under autograd, activation and residual run as torch ops on the rounded result.
+    bfloat16 products treat subnormals as zero on the avx512_bf16 tier.
 
     Raises:
         RuntimeError: a wrong dtype, shape or device, or an algorithm that does not compute this
@@ -174,21 +176,25 @@ def _conv(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: tuple[Ints, Padding, Ints, int],
+    how: tuple[Ints, Padding, Ints, int],
     epilogue: tuple[ConvActivation, float, Tensor | None],
     precision: Precision,
     algorithm: ConvAlgorithm,
 ) -> Tensor:
-    stride, padding, dilation, groups = geometry
+    stride, padding, dilation, groups = how
     activation, negative_slope, residual = epilogue
     if forward_ad._current_level >= 0:
         refuse_forward_mode(op, input=input, weight=weight, bias=bias)
     activated, code = activation_code(activation, CONV_ACTIVATIONS), precision_code(precision)
     steps, spread = per_axis(op, "stride", stride, axes), per_axis(op, "dilation", dilation, axes)
     around = sides(op, padding, axes, (weight.shape[2:], steps, spread))
-    chosen = algorithm_code(algorithm, weight, spread, groups)
     x = input if batched(op, input, axes) else input.unsqueeze(0)
     layout = wants_channels_last(x, weight)
+    chosen = AUTO
+    if algorithm != "auto":
+        bf16 = code == 1 or x.dtype == torch.bfloat16
+        geometry = Geometry(x.shape[2:], weight.shape, steps, around, spread, groups, bf16)
+        chosen = algorithm_code(algorithm, geometry, layout)
     arguments = (x, weight, bias, steps, around, spread, groups, code, chosen, layout)
     y: Tensor
     if torch.is_grad_enabled() or is_dynamo_compiling():
@@ -229,6 +235,7 @@ def conv_algorithm(
     dtype: torch.dtype = torch.float32,
     precision: Precision = "fp32",
     exact: bool = False,
+    channels_last: bool = True,
 ) -> PackedAlgorithm:
     """The algorithm expected to be the fastest for these shapes, for :func:`pack_conv_weight`.
 
@@ -238,6 +245,7 @@ def conv_algorithm(
         stride, padding, dilation, groups, precision: as for :func:`conv2d`.
         dtype: of the tensors.
         exact: without Winograd, whose error is larger than that of the direct sum.
+        channels_last: the layout of the result; "planes" is for images that are not.
 
     Raises:
         ValueError: shapes that are not those of a convolution, or an unknown precision.
@@ -257,9 +265,8 @@ def conv_algorithm(
     steps, spread = per_axis(op, "stride", stride, axes), per_axis(op, "dilation", dilation, axes)
     around = sides(op, padding, axes, (weight_shape[2:], steps, spread))
     bf16 = precision_code(precision) == 1 or dtype == torch.bfloat16
-    code = _native.conv_algorithm(
-        list(input_shape), list(weight_shape), steps, around, spread, groups, bf16, exact
-    )
+    x, w = list(input_shape), list(weight_shape)
+    code = _native.conv_algorithm(x, w, steps, around, spread, groups, bf16, exact, channels_last)
     return next(name for name, known in ALGORITHMS.items() if known == code)
 
 
@@ -279,7 +286,8 @@ def pack_conv_weight(
     - "direct_rows": the same with the taps of a kernel's row side by side, for few channels;
     - "winograd2", "winograd4": (groups·⌈O'/16⌉, 16·C' or 36·C', 16) float32, transformed:
       U = G g Gᵀ, computed in float64 and rounded once;
-    - "depthwise": (⌈groups/16⌉, taps, 16) float32.
+    - "depthwise": (⌈groups/16⌉, taps, 16) float32;
+    - "planes": (⌈O/8⌉, C·taps, 8) float32, for few channels whose planes lie one by one.
 
     The layout is the same on every ISA tier, but not a file format: keep weights as torch stores
     them.

@@ -16,8 +16,8 @@ from pybigmodel.reference import conv as reference
 from pybigmodel.testing import assert_no_worse, measure_error
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-DIRECT, DIRECT_ROWS, WINOGRAD2, WINOGRAD4, DEPTHWISE = range(1, 6)
-NAMES = ["auto", "direct", "direct_rows", "winograd2", "winograd4", "depthwise"]
+DIRECT, DIRECT_ROWS, WINOGRAD2, WINOGRAD4, DEPTHWISE, PLANES = range(1, 7)
+NAMES = ["auto", "direct", "direct_rows", "winograd2", "winograd4", "depthwise", "planes"]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 ACTIVATIONS = [
@@ -73,13 +73,18 @@ class Geometry:
         if self.groups == 1 and o["dilation"][-1] == 1:
             found.append(DIRECT_ROWS)
         plane = (*o["stride"][-2:], *o["dilation"][-2:])
-        flat = self.axes == 2 or (
-            self.axes == 3 and self.size[0] == self.kernel[0] == 1 and o["padding"][0] == (0, 0)
+        flat_image = self.axes < 3 or (
+            self.size[0] == self.kernel[0] == 1 and o["padding"][0] == (0, 0)
         )
+        flat = flat_image and self.axes > 1
         if flat and not bf16 and self.kernel[-2:] == (3, 3) and plane == (1, 1, 1, 1):
             found += [WINOGRAD2, WINOGRAD4]
         if self.groups == c == n:
             found.append(DEPTHWISE)
+        # Its images, in fp32 with what is around them, have to fit a cache; here all do.
+        short = c * prod(self.kernel) <= 400
+        if flat_image and not bf16 and self.groups == 1 and o["stride"][-1] == 1 and short:
+            found.append(PLANES)
         return found
 
     def __str__(self) -> str:
@@ -220,6 +225,8 @@ def kernel_of(geometry: Geometry, algorithm: int, bf16: bool, isa: str) -> str:
     """What _native.last_kernel says of a contiguous image after a call."""
     if algorithm == DEPTHWISE:
         return f"conv_depthwise.{isa}"
+    if algorithm == PLANES:
+        return f"conv_planes.{isa}"
     if algorithm in (WINOGRAD2, WINOGRAD4):
         return f"conv_{NAMES[algorithm]}_f32.{isa}"
     o, flavour = geometry.options, "bf16" if bf16 else "f32"

@@ -278,11 +278,12 @@ def bad_convolution(op: str) -> list[Bad]:
     if not transposed:
         calls += [
             Bad(op, "input", ((2, 20, 1, 6), F32), "(2, 20, 1, 6)"),  # of 2 pixels with padding
-            Bad(op, "algorithm", 6, "6"),
+            Bad(op, "algorithm", 7, "7"),
             Bad(op, "algorithm", -1, "-1"),
             Bad(op, "algorithm", 2, "2"),  # which takes no groups
             Bad(op, "algorithm", 4, "4"),
             Bad(op, "algorithm", 5, "5"),
+            Bad(op, "algorithm", 6, "6"),
         ]
     if "backward" in op:
         whole = GOOD[op]["grad_output"][0]
@@ -335,7 +336,8 @@ def bad_packed_convolution() -> list[Bad]:
         Bad(pack, "groups", 4, "4"),
         Bad(pack, "precision", 2, "2"),
         Bad(pack, "algorithm", 0, "0"),
-        Bad(pack, "algorithm", 6, "6"),
+        Bad(pack, "algorithm", 7, "7"),
+        Bad(pack, "algorithm", 6, "(18, 10, 3, 2)"),
         Bad(pack, "algorithm", 2, "2"),
         Bad(pack, "algorithm", 3, "(18, 10, 3, 2)"),
         Bad(pack, "algorithm", 5, "(18, 10, 3, 2)"),

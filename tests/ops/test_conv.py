@@ -11,9 +11,11 @@ from conv_cases import (
     ACTIVATIONS,
     DEPTHWISE,
     DIRECT,
+    DIRECT_ROWS,
     FLOATS,
     GEOMETRIES,
     NAMES,
+    PLANES,
     WINOGRAD2,
     WINOGRAD4,
     Case,
@@ -30,6 +32,7 @@ from conv_cases import (
 from torch import Tensor
 
 from pybigmodel import _native, ops
+from pybigmodel.ops._conv_geometry import Geometry as Described
 from pybigmodel.ops._conv_geometry import exact_algorithm
 from pybigmodel.reference import conv as reference
 from pybigmodel.testing import assert_exact, assert_no_worse, available_isas, force_isa
@@ -347,6 +350,7 @@ THREADED = [
     Geometry(2, (70, 70), (19, 21), (3, 3), padding=same(3, 3), groups=70),
     Geometry(1, (32, 320), (40,), (5,), padding=same(5)),
     Geometry(2, (64, 96), (20, 20), (1, 1)),
+    Geometry(2, (6, 16), (40, 41), (5, 5)),
 ]
 
 
@@ -383,23 +387,23 @@ def test_tiers_agree() -> None:
 
 def test_direct_is_the_exact_choice() -> None:
     """The rule in Python, which torch.compile can follow, is that of the library."""
-    for geometry in GEOMETRIES:
+    chosen = set()
+    for geometry in [*GEOMETRIES, *THREADED]:
         stride, padding, dilation, groups = geometry.raw
-        shape = [geometry.batch, geometry.channels[0], *geometry.size]
-        for batch in (1, 64):
+        weight = list(geometry.weight_shape)
+        for wider in (0, 100, 600):
+            image = [1, geometry.channels[0], *(size + wider for size in geometry.size)]
             for bf16 in (False, True):
-                chosen = _native.conv_algorithm(
-                    [batch, *shape[1:]],
-                    list(geometry.weight_shape),
-                    stride,
-                    padding,
-                    dilation,
-                    groups,
-                    bf16,
-                    True,
-                )
-                assert chosen == exact_algorithm(geometry.weight_shape, dilation, groups)
-                assert chosen not in (WINOGRAD2, WINOGRAD4)
+                for last in (False, True):
+                    code = _native.conv_algorithm(
+                        image, weight, stride, padding, dilation, groups, bf16, True, last
+                    )
+                    described = Described(
+                        image[2:], weight, stride, padding, dilation, groups, bf16
+                    )
+                    assert code == exact_algorithm(described, last)
+                    chosen.add(code)
+    assert chosen == {DIRECT, DIRECT_ROWS, DEPTHWISE, PLANES}
 
 
 def test_algorithm_by_name(isa: str) -> None:
@@ -433,6 +437,8 @@ def test_conv_algorithm() -> None:
     assert choose(1, 64, 64, 56, 3, stride=2) == "direct"
     assert choose(1, 3, 64, 224, 7, stride=2) == "direct_rows"
     assert choose(1, 256, 64, 56, 1) == "direct"
+    assert choose(1, 6, 16, 12, 5) == "direct_rows"
+    assert choose(1, 6, 16, 12, 5, channels_last=False) == "planes"
     assert ops.conv_algorithm((1, 32, 9, 9), (32, 1, 3, 3), groups=32) == "depthwise"
     for x, w, groups in [
         ((1, 3, 9), (4, 3, 3, 3), 1),

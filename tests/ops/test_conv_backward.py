@@ -38,13 +38,14 @@ def gradients(f: Any, dy: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def all_gradients(
-    geometry: Geometry, dtype: torch.dtype, f: Any, seed: int = 0
+    geometry: Geometry, dtype: torch.dtype, f: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Ours, torch's in the dtype, and those of the reference in float64: of input, weight, bias."""
+    """Ours, torch's in the dtype, and those of the reference in float64: of input, weight, bias,
+    each of several inputs together."""
     case = make_case(geometry, dtype)
-    x, w = case.inputs[0], case.weight
     b = torch.randn(geometry.channels[1]).to(dtype)
-    dy = torch.randn(reference.conv(x, w, **geometry.options).shape).to(dtype)
+    shape = reference.conv(case.inputs[0], case.weight, **geometry.options).shape
+    results: tuple[list[tuple[Tensor, ...]], ...] = ([], [], [])
 
     def exact(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return reference.conv(x, w, b, **geometry.options)
@@ -52,17 +53,23 @@ def all_gradients(
     def theirs(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return torch_conv(geometry, x, w, b)
 
-    wide = (t.double() for t in (dy, x, w, b))
+    for x in case.inputs:
+        tensors = (torch.randn(shape).to(dtype), x, case.weight, b)
+        results[0].append(gradients(f, *tensors))
+        results[1].append(gradients(theirs, *tensors))
+        results[2].append(gradients(exact, *(t.double() for t in tensors)))
+        for ours, reference64 in zip(results[0][-1], results[2][-1], strict=True):
+            assert ours.shape == reference64.shape
     return tuple(  # type: ignore[return-value]
-        list(gradients(*arguments))
-        for arguments in ((f, dy, x, w, b), (theirs, dy, x, w, b), (exact, *wide))
+        [torch.cat([t.flatten() for t in each]) for each in zip(*result, strict=True)]
+        for result in results
     )
 
 
 def ulps(gradient: Tensor) -> float:
-    """The floor of the policy: a chain of 256 terms is off by √256·2⁻²⁵, four ulp, where oneDNN
-    adds up many short ones, and the worst of some sums by half as much again; the error of a few
-    sums says little."""
+    """The floor of the policy: in a chain of up to 256 terms the worst of some ten thousand sums is
+    off by 5 ulp of the largest and their root mean square by 2, where oneDNN adds up many short
+    chains; and the error of a few sums says little."""
     return 6 if gradient.numel() > 64 else 8
 
 
@@ -73,7 +80,6 @@ def test_against_autograd(isa: str, dtype: torch.dtype, geometry: Geometry) -> N
         return CONV[geometry.axes](x, w, b, algorithm="direct", **geometry.options)
 
     for actual, other, exact in zip(*all_gradients(geometry, dtype, ours), strict=True):
-        assert actual.shape == exact.shape
         assert_no_worse(actual, other, exact, floor_ulps=ulps(actual))
     assert _native.last_kernel().endswith("." + isa)
 
@@ -163,7 +169,7 @@ LAYOUTS = [GEOMETRIES[i] for i in (5, 10, 11, 18, 20, 23, 24, 27)]
 @pytest.mark.parametrize("geometry", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_strides(isa: str, dtype: torch.dtype, geometry: Geometry) -> None:
-    """The layout of no argument changes one bit of the gradients, but for the bias', whose sum it orders."""
+    """The layout of no argument changes one bit of the gradients."""
     case = make_case(geometry, dtype)
     x, w = case.inputs[0], case.weight
     dy = torch.randn(reference.conv(x, w, **geometry.options).shape).to(dtype)
@@ -175,9 +181,8 @@ def test_strides(isa: str, dtype: torch.dtype, geometry: Geometry) -> None:
         for arguments in ((dys, x, w), (dy, xs, w), (dy, x, ws)):
             for last in (False, True):
                 got = backward(*arguments, *geometric, last, True, True, True)
-                for actual, expected in zip(got[:2], plain[:2], strict=True):
+                for actual, expected in zip(got, plain, strict=True):
                     assert_exact(actual, expected), kind
-                torch.testing.assert_close(got[2], plain[2])
 
 
 def test_layouts_of_the_gradients() -> None:
@@ -280,7 +285,7 @@ def test_threads_and_repeats_agree(
     case = make_case(geometry, dtype)
     x, w = case.inputs[0], case.weight
     dy = torch.randn(torch_conv(geometry, x, w, None).shape).to(dtype)
-    few = geometry.groups == 1 and geometry.channels[0] < 16
+    few = geometry.groups == 1 and geometry.channels[0] <= 16
     first: tuple[Tensor, ...] | None = None
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)

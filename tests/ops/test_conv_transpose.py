@@ -85,12 +85,13 @@ def ran_winograd() -> bool:
     return _native.last_kernel().startswith("conv_winograd")
 
 
+# The floor: see test_conv_backward.py.
 def check(geometry: Geometry, winograd: bool, actual: Tensor, other: Tensor, exact: Tensor) -> None:
     assert actual.shape == exact.shape
     if winograd and actual.dtype == F32:
         assert measure_error(actual, exact).frobenius <= WINOGRAD_RELATIVE[WINOGRAD4]
     else:
-        assert_no_worse(actual, other, exact, floor_ulps=4 if actual.numel() > 64 else 8)
+        assert_no_worse(actual, other, exact, floor_ulps=6 if actual.numel() > 64 else 8)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -96,7 +96,7 @@ def test_relative_error(isa: str, algorithm: int, channels: int) -> None:
 
 @pytest.mark.parametrize("algorithm", [WINOGRAD2, WINOGRAD4])
 def test_errors_add_up_over_layers(algorithm: int) -> None:
-    """Sixteen layers with ReLU between them: the error grows as √layers, not as a power."""
+    """Sixteen layers with ReLU between them: the error grows as √layers, as that of any sum."""
     x, layers = torch.randn(1, 32, 16, 16), 16
     y, exact, errors = x, x.double(), []
     for _ in range(layers):

@@ -77,11 +77,11 @@ def conv_samples() -> dict[str, tuple[Any, ...]]:
         dy = torch.randn_like(pbm.conv(*args))
         need = (True, True, True) if name == "conv" else (name != "conv, bf16", True, False)
         samples[f"conv_backward{name[4:]}"] = (dy, *args[:2], *args[3:], *need)
-    for algorithm, precision in ((1, 0), (1, 1), (2, 0), (3, 0), (4, 0)):
+    for algorithm, precision in ((1, 0), (1, 1), (2, 0), (3, 0), (4, 0), (6, 0)):
         packed = pbm.pack_conv_weight(w, 1, precision, algorithm)
         name = f", {algorithm}, {precision}"
         samples[f"pack_conv_weight{name}"] = (w, 1, precision, algorithm)
-        epilogue = (b, r, *plane, 1, 1 + algorithm, 0.1, algorithm)
+        epilogue = (b, r, *plane, 1, algorithm, 0.1, algorithm)
         samples[f"conv_packed{name}"] = (last, packed, 18, [3, 3], *epilogue, algorithm > 2)
     samples["pack_conv_weight, depthwise"] = (single, 20, 0, 5)
     packed = pbm.pack_conv_weight(single, 20, 0, 5)

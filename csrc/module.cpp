@@ -92,7 +92,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("retain_memory", retain_memory, "From now on the process keeps freed memory for reuse.");
   m.def("build_info", build_info, "Compiler, flags, CUDA architectures, commit, torch ABI target.");
   m.def("conv_algorithm", pbm::conv_algorithm, py::arg("input"), py::arg("weight"), py::arg("stride"),
-        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("bf16"), py::arg("exact"), py::arg("channels_last") = true,
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("bf16"), py::arg("exact"),
+        py::arg("channels_last") = true,
         "The integer of the algorithm that the convolution ops choose for these shapes.");
   m.def(
       "measure_peak",

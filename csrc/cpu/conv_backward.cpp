@@ -511,9 +511,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_ou
     const Tensor packed = pack_filters(s, flavour, chosen, filters_of(weight, s));
     return run_conv(grad_output, s, flavour, chosen, packed, {}, channels_last);
   };
-  return {need_input ? grad_input() : none(input.scalar_type()),
-          need_weight ? weight_gradient(grad_output, input, s, weight, !is_winograd(chosen)) : none(input.scalar_type()),
-          need_bias ? bias_gradient(grad_output) : none(ScalarType::Float)};
+  return {
+      need_input ? grad_input() : none(input.scalar_type()),
+      need_weight ? weight_gradient(grad_output, input, s, weight, !is_winograd(chosen)) : none(input.scalar_type()),
+      need_bias ? bias_gradient(grad_output) : none(ScalarType::Float)};
 }
 
 }  // namespace

@@ -1,69 +1,176 @@
-"""Activations behind linear layers, done within the product, in modules that are others'.
+"""What follows a layer, done within its product, in modules that are others'.
 
 A module that computes ``self.act(self.dense(x))``, or ``x = self.dense(x); x = self.act(x)``, takes
 a class with the same forward, in which each such pair is one call of
-:func:`pybigmodel.nn._activation.activated`. That looks at both at every call: layers that are
-hooked, exchanged, wrapped or restored later are called one by one, as before.
+:func:`pybigmodel.nn._activation.activated`, and what follows a convolution (BatchNorm, a residual,
+an activation) one call of :func:`pybigmodel.nn._conv_chain.convolved`. These look at the layers at
+every call: what is hooked, exchanged, wrapped or restored later is called one by one, as before.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
+import copy
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from types import CodeType, FunctionType
-from typing import Any, TypeAlias
+from types import FunctionType
+from typing import Any
 
+import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
+from pybigmodel._fuse_chains import CHAIN, PAD, TAIL, Chains, Direct, Site
+from pybigmodel._fuse_pairs import Pair, Pairs
+from pybigmodel._fuse_source import found, function_of, source_of
+from pybigmodel._torch_private import hooked_everywhere
 from pybigmodel.nn import Int8Linear, Linear
-from pybigmodel.nn._activation import activated, activation_of
-from pybigmodel.ops._common import Activation
+from pybigmodel.nn._activation import activated, activation_of, hooked
+from pybigmodel.nn._conv_chain import chain_of, code_of, convolved, is_norm
+from pybigmodel.nn.conv import FORWARD
+from pybigmodel.ops._common import CONV_ACTIVATIONS, Activation
 
-# Of an activation and the layer before it, as they are written: ("self", "act"), ("self", "dense").
-Pair: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
+_NAMES = {code: name for name, code in CONV_ACTIVATIONS.items()}
+_METHODS = ("forward", "_forward_impl")  # the latter is what torchvision's forward calls
+GROUPED = "_grouped_layers"  # an attribute of a Sequential
+# Functions of an image and a convolution that pad with zeros: transformers', after TensorFlow.
+_PADDING = ("transformers.", "apply_tf_padding")
+
+
+@dataclass
+class Taken:
+    """What a layer does beside itself."""
+
+    activation: str | None = None
+    norm: nn.Module | None = None
+    residual: bool = False
+    where: str = ""  # how it was found
 
 
 class Fused(nn.Module):
     """What marks such a class, which stands before the module's own and has its name."""
 
     _activated = staticmethod(activated)
+    _convolved = staticmethod(convolved)
+    _iadd = staticmethod(operator.iadd)
+    _add = staticmethod(operator.add)
     _pairs: frozenset[Pair]
+    _sites: frozenset[Site]
+
+    @staticmethod
+    def _with_residual(
+        x: Any,
+        layers: tuple[Any, ...],
+        residual: Any,
+        after: Any,
+        add: Callable[[Any, Any], Any],
+        pad: Any = None,
+    ) -> Any:
+        if isinstance(layers[0], Fused):
+            return layers[0]._forward_and(x, residual, after, add)
+        return convolved(x, layers, residual, after, add, pad)
+
+    @staticmethod
+    def _takes(layers: Sequence[Any], after: Any) -> bool:
+        """Whether a residual, and `after` on the sum, can be done with these layers now."""
+        if torch.is_grad_enabled() or is_dynamo_compiling() or hooked_everywhere():
+            return False
+        layer = layers[0]
+        if isinstance(layer, FORWARD):
+            return chain_of(tuple(layers), True, after) is not None
+        return isinstance(layer, Fused) and not hooked(layer) and layer._ends_in_chain(after)
+
+    def _ends_in_chain(self, after: Any) -> bool:
+        layers = self._last_layers()
+        return bool(layers) and self._takes(layers, after)
+
+    def _last_layers(self) -> tuple[Any, ...]:
+        """What the forward calls last, if a residual can be added there."""
+        return ()
+
+    def _forward_and(
+        self, x: Any, residual: Any, after: Any, add: Callable[[Any, Any], Any]
+    ) -> Any:
+        """The forward, with the residual added to what it gives."""
+        raise NotImplementedError  # where _last_layers gives any, so is this
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # No import finds the class: its name is the other's.
         reduced: Any = super().__reduce_ex__(protocol)
         _, (kind, *arguments), *state = reduced
-        return _new, (kind.__bases__[1], kind._pairs, *arguments), *state
+        return _new, (kind.__bases__[1], kind._pairs, kind._sites, *arguments), *state
 
 
-def _new(base: Any, pairs: frozenset[Pair], *arguments: Any) -> nn.Module:
-    kind: type[nn.Module] = _fused_class(base, pairs) or base
+def _new(base: Any, pairs: frozenset[Pair], sites: frozenset[Site], *arguments: Any) -> nn.Module:
+    kind: type[nn.Module] = _fused_class(base, pairs, sites) or base
     return kind.__new__(kind, *arguments)
 
 
 def fused_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class for a module in which an activation follows a layer of this library."""
+    """The class for a module in which something follows a layer of this library.
+
+    What the module contains has its class already.
+    """
     base: Any = type(module)
     if issubclass(base, Fused) or is_parametrized(module) or "forward" in vars(module):
         return None
     if base.forward is nn.Sequential.forward:
-        return _fused_class(base, frozenset()) if fused_layers(module) else None
-    found = frozenset(pair for pair in _pairs_of(base) if _activation(*_called(pair, module)))
-    return _fused_class(base, found) if found else None
-
-
-def fused_layers(module: nn.Module) -> dict[nn.Module, Activation]:
-    """The layers of this library in a module whose activation is, or can be, done with them."""
-    base = type(module)
-    if base.forward in (nn.Sequential.forward, _sequential_forward):
         layers = list(module._modules.values())
-        called: list[tuple[Any, Any]] = list(zip(layers[1:], layers, strict=False))
-    else:
-        called = [_called(pair, module) for pair in getattr(base, "_pairs", ())]
-    return {layer: name for act, layer in called if (name := _activation(act, layer)) is not None}
+        ends = bool(layers) and _ends_in_chain(layers[-1:], None) and _starts_in_chain(layers[0])
+        return _fused_class(base, frozenset(), frozenset()) if taken_in(module) or ends else None
+    pairs = frozenset(pair for pair in _pairs_of(base) if _activation(*_called(pair, module)))
+    sites = _sites_of(base, module)
+    return _fused_class(base, pairs, sites) if pairs or sites else None
+
+
+def taken_in(module: nn.Module) -> dict[nn.Module, Taken]:
+    """The layers of this library in a module, with what is, or can be, done with them there."""
+    base: Any = type(module)
+    taken: dict[nn.Module, Taken] = {}
+    if base.forward in (nn.Sequential.forward, _sequential_forward):
+        for group in _groups(list(module._modules.values())):
+            if isinstance(group[0], FORWARD):
+                _note(taken, group, f"{_torchs(base).__name__}")
+            elif len(group) == 2 and (name := _activation(group[1], group[0])) is not None:
+                taken[group[0]] = Taken(name, where=_torchs(base).__name__)
+        return taken
+    where = f"forward of {base.__name__}"
+    for pair in getattr(base, "_pairs", ()):
+        function, layer = _called(pair, module)
+        if (name := _activation(function, layer)) is not None:
+            taken[layer] = Taken(name, where=where)
+    # What is a part of another before that.
+    sites = sorted(getattr(base, "_sites", ()), key=lambda site: (site[0] == TAIL, len(site)))
+    for kind, *paths in sites:
+        values = [found(path, module) for path in paths]
+        if kind == CHAIN and _joins(values):
+            _note(taken, values, where)
+        elif kind == TAIL and _is_wanted((kind, *paths), module):
+            *layers, after, _ = values
+            _note(taken, _last_of(layers), where, residual=True, after=after)
+    return taken
+
+
+def _note(
+    taken: dict[nn.Module, Taken],
+    layers: Sequence[Any],
+    where: str,
+    residual: bool = False,
+    after: Any = None,
+) -> None:
+    norm = next((layer for layer in layers[1:] if is_norm(layer, layers[0])), None)
+    act = after if residual else next((a for a in layers[1:] if _code(a) is not None), None)
+    if norm is not None or act is not None or residual:
+        code = _code(act)
+        name = None if code is None else _NAMES[code[0]]
+        taken[layers[0]] = Taken(name, norm, residual, where)
+
+
+def _code(function: Any) -> tuple[int, float] | None:
+    return None if function is None else code_of(function)
 
 
 def _activation(function: Any, layer: Any) -> Activation | None:
@@ -71,173 +178,221 @@ def _activation(function: Any, layer: Any) -> Activation | None:
 
 
 def _called(pair: Pair, module: nn.Module) -> tuple[Any, Any]:
-    function, layer = (_found(path, module) for path in pair)
+    function, layer = (found(path, module) for path in pair)
     return function, layer
 
 
-def _found(path: tuple[str, ...], module: nn.Module) -> Any:
-    """What ``self.act`` or ``F.relu`` is in the module's forward; None where it is not there."""
-    root, *names = path
-    values = {**type(module).forward.__globals__, "self": module}
-    found = values.get(root)
-    for name in names:
-        found = getattr(found, name, None)
-    return found
+# --- what can be one op --------------------------------------------------------------------------
+
+
+def _joins(layers: Sequence[Any]) -> bool:
+    """Whether they are a convolution, then at most a BatchNorm, then at most an activation."""
+    first, *rest = layers
+    if not isinstance(first, FORWARD):
+        return False
+    rest = [layer for layer in rest if layer is not None and type(layer) is not nn.Identity]
+    if rest and is_norm(rest[0], first):
+        rest.pop(0)
+    return not rest or (len(rest) == 1 and code_of(rest[0]) is not None)
+
+
+def _ends_in_chain(layers: Sequence[Any], after: Any) -> bool:
+    """Whether what the layers end in can take a residual, and `after` on the sum."""
+    if after is not None and type(after) is not nn.Identity and code_of(after) is None:
+        return False
+    last = _last_of(layers)
+    return bool(last) and _joins(last) and not any(_code(act) for act in last[1:])
+
+
+def _last_of(layers: Sequence[Any]) -> tuple[Any, ...]:
+    """The convolution at the end, and what follows it."""
+    first = layers[0]
+    if isinstance(first, FORWARD):
+        return tuple(layers)
+    if len(layers) != 1 or not isinstance(first, Fused):
+        return ()
+    inner = first._last_layers()
+    return _last_of(inner) if inner else ()
+
+
+def _starts_in_chain(layer: Any) -> bool:
+    """Whether the first thing that is done to an image is a convolution, which leaves it as is."""
+    return isinstance(layer, FORWARD) or (isinstance(layer, Fused) and bool(layer._last_layers()))
+
+
+def _groups(layers: list[Any]) -> Iterable[tuple[Any, ...]]:
+    """The layers, those together that are called as one."""
+    at = 0
+    while at < len(layers):
+        start = at
+        at += 1
+        layer = layers[start]
+        if isinstance(layer, FORWARD):
+            while at < len(layers) and _joins(layers[start : at + 1]):
+                at += 1
+        elif at < len(layers) and isinstance(layer, Linear | Int8Linear):
+            at += activation_of(layers[at]) is not None
+        yield tuple(layers[start:at])
+
+
+# --- the classes ---------------------------------------------------------------------------------
 
 
 @cache
-def _fused_class(base: Any, pairs: frozenset[Pair]) -> type[nn.Module] | None:
+def _fused_class(
+    base: Any, pairs: frozenset[Pair], sites: frozenset[Site]
+) -> type[nn.Module] | None:
     if base.__reduce_ex__ is not object.__reduce_ex__:
         return None
-    forward = _sequential_forward if not pairs else _with_pairs(base, pairs)
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, "forward": forward, "_pairs": pairs}
+    body: dict[str, Any] = {**names, "_pairs": pairs, "_sites": sites}
+    if not pairs and not sites:
+        body["forward"] = _sequential_forward
+        body["_forward_and"] = _sequential_forward_and
+        body["_last_layers"] = _last_layers_of_sequential
+    else:
+        body |= _rewritten(base, pairs, sites)
     kind: type[nn.Module] = type(base)(base.__name__, (Fused, base), body)
     return kind
 
 
-def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
-    layers: list[Any] = list(self._modules.values())
-    while layers:
-        layer = layers.pop(0)
-        if layers and activation_of(layers[0]) is not None:
-            input = activated(layers.pop(0), layer, input)
-        else:
+def _sequential_forward(self: Any, input: Any) -> Any:
+    if is_dynamo_compiling():
+        for layer in self._modules.values():
             input = layer(input)
+        return input
+    for group in _grouped(self):
+        input = _of_group(self, group, input)
     return input
 
 
-# --- the source of a forward ---------------------------------------------------------------------
+def _grouped(self: Any) -> tuple[tuple[Any, ...], ...]:
+    """The groups as they were when the layers were last others: they say what to call with what,
+    and what is called looks at each."""
+    layers = tuple(self._modules.values())
+    known = self.__dict__.get(GROUPED)
+    if known is None or known[0] != layers:
+        known = self.__dict__[GROUPED] = (layers, tuple(_groups(list(layers))))
+    groups: tuple[tuple[Any, ...], ...] = known[1]
+    return groups
+
+
+def _of_group(self: Any, group: tuple[Any, ...], input: Any) -> Any:
+    if isinstance(group[0], FORWARD):
+        return self._convolved(input, group)
+    return group[0](input) if len(group) == 1 else activated(group[1], group[0], input)
+
+
+def _sequential_forward_and(self: Any, x: Any, residual: Any, after: Any, add: Any) -> Any:
+    *groups, last = _grouped(self)
+    for group in groups:
+        x = _of_group(self, group, x)
+    return self._with_residual(x, last, residual, after, add)
+
+
+def _last_layers_of_sequential(self: Any) -> tuple[Any, ...]:
+    groups = _grouped(self)
+    if not groups or not _starts_in_chain(groups[0][0]):
+        return ()
+    last = groups[-1]
+    return last if isinstance(last[0], (*FORWARD, Fused)) else ()
+
+
+def _torchs(base: type[nn.Module]) -> type[nn.Module]:
+    return base.__bases__[1] if issubclass(base, Fused) else base
 
 
 def _pairs_of(base: type[nn.Module]) -> frozenset[Pair]:
     """All that the forward calls one on the other."""
-    pairs = _Pairs(None)
-    tree = _source(base)
+    pairs = Pairs(None)
+    tree = source_of(base)
     if tree is not None:
         pairs.visit(tree)
     return frozenset(pairs.found)
 
 
-def _with_pairs(base: type[nn.Module], pairs: frozenset[Pair]) -> FunctionType | None:
-    """The forward of the class with each of these pairs as one call."""
-    tree, old = _source(base), base.forward
-    if tree is None:
-        return None
-    tree = ast.fix_missing_locations(_Pairs(pairs).visit(tree))
-    new = FunctionType(_code(tree, old.__code__.co_filename), old.__globals__, old.__name__)
-    for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__qualname__"):
-        setattr(new, name, getattr(old, name))
-    return new
+def _sites_of(base: type[nn.Module], module: nn.Module) -> frozenset[Site]:
+    """The sites of the forward at which this module has what can be one op."""
+    if not any(isinstance(part, FORWARD) for part in module.modules()):
+        return frozenset()
+    sites: set[Site] = set()
+
+    def wanted(site: Site) -> bool:
+        if _is_wanted(site, module):
+            sites.add(site)
+            return True
+        return False
+
+    last = None
+    for method in _METHODS:
+        tree = source_of(base, method)
+        if tree is not None:
+            chains = Chains(wanted)
+            chains.visit(tree)
+            last = last or chains.last
+    several = any(site[0] != CHAIN or len(site) > 2 for site in sites)
+    return frozenset(sites) if several or last is not None else frozenset()
 
 
-def _source(base: type[nn.Module]) -> ast.Module | None:
-    """None where it is not at hand, or is not all that is called (decorators, super())."""
-    forward = base.forward
-    if not isinstance(forward, FunctionType) or forward.__code__.co_varnames[:1] != ("self",):
-        return None
-    try:
-        lines, number = inspect.getsourcelines(forward)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError):
-        return None
-    ast.increment_lineno(tree, number - 1)
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
-        return None
-    _strip(definition)
-    return tree if _same(_code(tree, ""), forward.__code__) else None  # edited since
+def _is_wanted(site: Site, module: nn.Module) -> bool:
+    kind, *paths = site
+    values = [found(path, module) for path in paths]  # type: ignore[arg-type]
+    if kind == CHAIN:
+        return _joins(values)
+    if kind == PAD:
+        place, name = _PADDING
+        function, layer = values
+        is_known = getattr(function, "__name__", "") == name
+        return is_known and function.__module__.startswith(place) and isinstance(layer, FORWARD)
+    *layers, after, where = values
+    return (not paths[-1] or bool(where)) and _ends_in_chain(layers, after)
 
 
-def _strip(definition: ast.FunctionDef) -> None:
-    """Leave out what is evaluated at the definition."""
-    arguments, none = definition.args, ast.Constant(None)
-    for argument in ast.walk(arguments):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    arguments.defaults = [none for _ in arguments.defaults]
-    arguments.kw_defaults = [default and none for default in arguments.kw_defaults]
-    definition.returns = None
-    ast.fix_missing_locations(definition)
+def _rewritten(base: Any, pairs: frozenset[Pair], sites: frozenset[Site]) -> dict[str, Any]:
+    """The methods of the class, with each of these as one call."""
+    methods: dict[str, Any] = {}
+    for method in _METHODS:
+        tree = source_of(base, method)
+        if tree is None:
+            continue
+        if sites:
+            chains = Chains(sites.__contains__)
+            tree = Direct(base).visit(chains.visit(tree))
+            if chains.last is not None and method == "forward":
+                methods |= _with_residual(base.forward, chains.last)
+        if pairs and method == "forward":
+            tree = Pairs(pairs).visit(tree)
+        methods[method] = function_of(tree, getattr(base, method))
+    return methods
 
 
-def _code(tree: ast.Module, file: str) -> CodeType:
-    constants = compile(tree, file, "exec", dont_inherit=True).co_consts
-    return next(constant for constant in constants if isinstance(constant, CodeType))
+def _with_residual(old: FunctionType, chain: ast.Call) -> dict[str, FunctionType]:
+    """`_forward_and` and `_last_layers` of a forward that is one chain."""
+    arguments = "self, x, residual, after, add"
+    forward = _method(f"def _forward_and({arguments}): return 0")
+    call = copy.deepcopy(chain)
+    call.args = [_name("x"), call.args[1], *map(_name, ("residual", "after", "add"))]
+    call.func.attr = "_with_residual"  # type: ignore[attr-defined]
+    last = _method("def _last_layers(self): return 0")
+    for method, value in ((forward, call), (last, chain.args[1])):
+        method.body[0].body[0].value = copy.deepcopy(value)  # type: ignore[attr-defined]
+        ast.increment_lineno(ast.fix_missing_locations(method), old.__code__.co_firstlineno - 1)
+    return {
+        "_forward_and": _compiled(forward, old, "_forward_and"),
+        "_last_layers": _compiled(last, old, "_last_layers"),
+    }
 
 
-def _same(one: CodeType, other: CodeType) -> bool:
-    """Whether both come of one source: the bytecode also depends on what the file imports."""
-    names = ("co_names", "co_varnames", "co_cellvars", "co_freevars")
-    constants, others = (
-        [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
-        for code in (one, other)
-    )
-    return constants == others and all(getattr(one, n) == getattr(other, n) for n in names)
+def _method(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
-class _Pairs(ast.NodeTransformer):
-    """Finds the pairs, and makes those that are wanted single calls of ``self._activated``."""
-
-    def __init__(self, wanted: frozenset[Pair] | None) -> None:
-        self._wanted = wanted
-        self.found: list[Pair] = []
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        for name in ("body", "orelse", "finalbody"):
-            statements = getattr(node, name, None)
-            if isinstance(statements, list):
-                setattr(node, name, self._merged(statements))
-        return super().generic_visit(node)
-
-    def visit_Call(self, call: ast.Call) -> ast.AST:
-        inner = _only_argument(call)
-        if isinstance(inner, ast.Call) and self._is_wanted(call, inner):
-            target = ast.Attribute(ast.Name("self", ast.Load()), "_activated", ast.Load())
-            new = ast.Call(target, [call.func, inner.func, *inner.args], [])
-            return self.generic_visit(ast.copy_location(new, call))
-        return self.generic_visit(call)
-
-    def _merged(self, statements: list[ast.stmt]) -> list[ast.stmt]:
-        """With ``x = f(y); x = g(x)`` as ``x = g(f(y))`` where the two are wanted."""
-        merged: list[ast.stmt] = []
-        for statement in statements:
-            last = merged[-1] if merged else None
-            if (
-                isinstance(last, ast.Assign)
-                and isinstance(statement, ast.Assign)
-                and isinstance(last.value, ast.Call)
-                and isinstance(statement.value, ast.Call)
-                and isinstance(name := _only_argument(statement.value), ast.Name)
-                and [ast.dump(target) for target in last.targets + statement.targets]
-                == [ast.dump(ast.Name(name.id, ast.Store()))] * 2
-                and self._is_wanted(statement.value, last.value)
-            ):
-                last.value = ast.copy_location(
-                    ast.Call(statement.value.func, [last.value], []), last.value
-                )
-            else:
-                merged.append(statement)
-        return merged
-
-    def _is_wanted(self, outer: ast.Call, inner: ast.Call) -> bool:
-        pair = _path(outer.func), _path(inner.func)
-        if not pair[0] or pair[1][:1] != ("self",) or _only_argument(inner) is None:
-            return False
-        self.found.append(pair)
-        return self._wanted is not None and pair in self._wanted
+def _name(name: str) -> ast.expr:
+    return ast.Name(name, ast.Load())
 
 
-def _only_argument(call: ast.Call) -> ast.expr | None:
-    alone = len(call.args) == 1 and not call.keywords
-    return call.args[0] if alone and not isinstance(call.args[0], ast.Starred) else None
-
-
-def _path(function: ast.expr) -> tuple[str, ...]:
-    """("self", "a", "b") of ``self.a.b``; () of anything else."""
-    if isinstance(function, ast.Name):
-        return (function.id,)
-    if isinstance(function, ast.Attribute):
-        before = _path(function.value)
-        return (*before, function.attr) if before else ()
-    return ()
+def _compiled(tree: ast.Module, old: FunctionType, name: str) -> FunctionType:
+    space: dict[str, Any] = {}
+    exec(compile(tree, old.__code__.co_filename, "exec", dont_inherit=True), old.__globals__, space)
+    method: FunctionType = space[name]
+    return method

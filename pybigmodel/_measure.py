@@ -15,6 +15,7 @@ from torch.backends import mha
 from pybigmodel import _native
 from pybigmodel._console import OtherLoad
 from pybigmodel._swap import with_inner
+from pybigmodel.nn.conv import CONVOLUTIONS
 from pybigmodel.testing.timers import interleave
 
 # Several shapes of one layer are timed (a decoder's prefill and steps, say), but not every length.
@@ -51,13 +52,14 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
     In the middle of the run: so no layer's input has to be kept until the others are done.
     """
     args, kwargs = split_inputs(example_inputs)
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     # Layers of one kind on inputs of one shape take the same time: they are timed once.
     known: dict[tuple[object, ...], tuple[float, float]] = {}
     hooks = []
     load = OtherLoad()
     try:
         for trial in trials.values():
-            hooks.append(_try_when_called(trial, known))
+            hooks.append(_try_when_called(trial, known, given))
         with ExitStack() as modes:
             for module in (model, *(trial.candidate for trial in trials.values())):
                 modes.enter_context(eval_mode(module))
@@ -74,6 +76,13 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
         trial.other_load = cores
         if trial.compared is False and trial.failure is None:
             trial.failure = "nothing finite and non-zero to compare on example_inputs"
+
+
+def run_once(model: nn.Module, example_inputs: Any) -> None:
+    """In eval mode, without gradients."""
+    args, kwargs = split_inputs(example_inputs)
+    with eval_mode(model), torch.no_grad():
+        model(*args, **kwargs)
 
 
 @contextmanager
@@ -114,7 +123,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _try_when_called(
-    trial: Trial, known: dict[tuple[object, ...], tuple[float, float]]
+    trial: Trial, known: dict[tuple[object, ...], tuple[float, float]], given: Sequence[Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
     fast_path = mha.get_fastpath_enabled()
 
@@ -127,7 +136,7 @@ def _try_when_called(
             with _fast_path(fast_path):
                 _compare(trial, (args, kwargs))
                 if trial.failure is None and trial.compared:
-                    _time(trial, (args, kwargs), known)
+                    _time(trial, (args, kwargs), known, given)
         finally:
             module._forward_hooks[handle.id] = this
 
@@ -143,7 +152,7 @@ def _compare(trial: Trial, arguments: Arguments) -> None:
     except Exception as problem:  # a layer that cannot be replaced is not the end of the others
         trial.failure = f"the replacement fails on example_inputs: {problem}"
         return
-    of_one_kernel = isinstance(trial.original, nn.Linear)
+    of_one_kernel = isinstance(trial.original, (nn.Linear, *CONVOLUTIONS))
     if of_one_kernel and got[0].device.type == "cpu" and got[0].numel():  # else no kernel ran
         trial.kernel = _native.last_kernel()
     for y, y0 in zip(got, expected, strict=True):
@@ -180,18 +189,43 @@ def difference(got: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def _time(
-    trial: Trial, arguments: Arguments, known: dict[tuple[object, ...], tuple[float, float]]
+    trial: Trial,
+    arguments: Arguments,
+    known: dict[tuple[object, ...], tuple[float, float]],
+    given: Sequence[Tensor],
 ) -> None:
     shape = _shape_of(arguments)
     if shape in trial.shapes or len(trial.shapes) == MAX_SHAPES:
         return
     trial.shapes.add(shape)
     original, candidate = _part_to_time(trial.original), _part_to_time(trial.candidate)
-    key = (_kind_of(original), _kind_of(candidate), shape)
+    turned = _in_channels_last(candidate, arguments, given)
+    key = (_kind_of(original), _kind_of(candidate), shape, turned is candidate)
     if key not in known:
-        known[key] = time_pair(original, candidate, arguments)
+        known[key] = time_pair(original, turned, arguments)
     seconds = known[key]
     trial.seconds = trial.seconds[0] + seconds[0], trial.seconds[1] + seconds[1]
+
+
+def _in_channels_last(
+    candidate: nn.Module, arguments: Arguments, given: Sequence[Tensor]
+) -> nn.Module:
+    """A convolution on its input as the others beside it will leave it: all but the first, which
+    gets the model's input."""
+    (input, *_), _ = arguments if arguments[0] else ((None,), {})
+    turns = getattr(candidate, "_channels_last", None) and not any(input is one for one in given)
+    return _Turned(candidate, input) if turns and isinstance(input, Tensor) else candidate
+
+
+class _Turned(nn.Module):
+    def __init__(self, candidate: nn.Module, input: Tensor) -> None:
+        super().__init__()
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        layout = formats.get(input.dim(), torch.contiguous_format)
+        self._input, self._call = input.contiguous(memory_format=layout), candidate.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._input)
 
 
 def _shape_of(arguments: Arguments) -> tuple[object, ...]:

@@ -25,7 +25,10 @@ class Row:
     layer: str
     precision: str  # what its products are computed in
     replaced_by: str | None = None
+    norm: str | None = None  # the path of what normalises its output, and is folded into it
+    residual: bool = False  # whether one is added in the same pass
     activation: str | None = None  # that follows it, and is done in the same pass
+    found: str | None = None  # where it was found that these follow
     kernel: str | None = None  # the one that ran on example_inputs
     speedup: float | None = None  # the original's time over the replacement's, on example_inputs
     error: float | None = None  # ‖y − y₀‖ / ‖y₀‖ to the original's output, the worst call
@@ -37,7 +40,7 @@ class Row:
 
 
 _COLUMNS = (
-    *("path", "layer", "replaced by", "activation", "kernel"),
+    *("path", "layer", "replaced by", "norm", "residual", "activation", "found in", "kernel"),
     *("precision", "speed-up", "error", "left as is"),
 )
 _FIGURES = ("speed-up", "error")
@@ -125,7 +128,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.path or "(the model)",
         row.layer,
         row.replaced_by or "",
+        (row.norm or "").rpartition(".")[2],
+        "added" if row.residual else "",
         row.activation or "",
+        row.found or "",
         row.kernel or "",
         row.precision if row.replaced_by else "",
         "" if row.speedup is None else f"{row.speedup:.2f}×",

@@ -10,13 +10,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from pybigmodel._swap import BLOCKS, OWN
+from pybigmodel._swap import BLOCKS, OUR_CONVOLUTIONS, OWN, float_precision
 from pybigmodel._torch_private import has_kernel
 from pybigmodel.nn import Int8Linear, Linear
 from pybigmodel.nn._activation import hooked
+from pybigmodel.nn.conv import CONVOLUTIONS
 from pybigmodel.nn.multihead_attention import WEIGHTS
 from pybigmodel.ops._attention_checks import MAX_HEAD_DIM
 from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K
@@ -28,7 +30,8 @@ _OPS = {
     "bf16": ("linear", "linear_packed", "pack_linear_weight"),
     "int8": ("int8_linear", "pack_int8_linear_weight", "quantize_per_token"),
 }
-_OURS = (Linear, Int8Linear, *BLOCKS.values())
+_CONV_OPS = ("conv", "conv_packed", "pack_conv_weight")
+_OURS = (Linear, Int8Linear, *BLOCKS.values(), *OUR_CONVOLUTIONS)
 # What torch.nn.TransformerEncoderLayer.forward reads without calling it, and how it is called here.
 _READ = {"linear1": "weight", "linear2": "weight", "self_attn": "weights"}
 
@@ -54,7 +57,7 @@ def candidates(
     excluded = _Selector("exclude", exclude, modules)
     names: defaultdict[nn.Module, list[str]] = defaultdict(list)
     for name, module in modules.items():
-        kinds = (nn.Linear, Int8Linear, *BLOCKS)
+        kinds = (nn.Linear, Int8Linear, *BLOCKS, *CONVOLUTIONS)
         if isinstance(module, kinds) or _is_conv1d(module):
             names[module].append(name)
     weights = _Weights(modules)
@@ -152,12 +155,12 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
         return f"is a pybigmodel.nn.{kind.__name__} already"
     if _is_conv1d(module):
         return "transformers' Conv1D stores its weight transposed, which is not supported"
-    if isinstance(module, nn.LazyLinear):
+    if isinstance(module, LazyModuleMixin):
         return "lazy: its size is not known before its first call"
     if is_parametrized(module):
         return "parametrized: its weight is computed anew at each call"
-    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear, *BLOCKS):
-        bases: tuple[type[nn.Module], ...] = (nn.Linear, *BLOCKS)
+    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear, *BLOCKS, *CONVOLUTIONS):
+        bases: tuple[type[nn.Module], ...] = (nn.Linear, *BLOCKS, *CONVOLUTIONS)
         base = next(base for base in bases if isinstance(module, base))
         return f"a subclass of torch.nn.{base.__name__}, {kind.__module__}.{kind.__qualname__}"
     if "forward" in vars(module):
@@ -171,7 +174,13 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
         return None
     if "weight" not in module._parameters or "bias" not in module._parameters:
         return "a hook computes its weight (weight_norm, spectral_norm, pruning)"
-    return _why_weight_left(module._parameters["weight"], precision, weights)
+    weight = module._parameters["weight"]
+    if kind not in CONVOLUTIONS:
+        return _why_weight_left(weight, precision, weights)
+    if weight is not None and weight.numel() == 0:
+        return "without channels"
+    ops = ("conv_transpose",) if "Transpose" in kind.__name__ else _CONV_OPS
+    return _why_weight_left(weight, float_precision(precision), weights, ops)
 
 
 def _why_attention_left(
@@ -184,11 +193,11 @@ def _why_attention_left(
         return "its out_proj is more than a linear layer, and torch does not call it"
     if not module._parameters.keys() >= {*WEIGHTS, "in_proj_bias"}:
         return "a hook computes its weight (weight_norm, spectral_norm, pruning)"
-    own = "fp32" if precision == "int8" else precision
+    own = float_precision(precision)
     for name in WEIGHTS:
         weight = module._parameters[name]
         if weight is not None:
-            missing = _missing_op(weight.device.type, own, "attention")
+            missing = _missing_op(weight.device.type, *_OPS[own], "attention")
             if missing is not None:
                 return f"on device {weight.device}, for which there is no {missing}"
             reason = _why_weight_left(weight, own, weights)
@@ -197,14 +206,16 @@ def _why_attention_left(
     return None
 
 
-def _why_weight_left(weight: Tensor | None, precision: str, weights: _Weights) -> str | None:
+def _why_weight_left(
+    weight: Tensor | None, precision: str, weights: _Weights, ops: tuple[str, ...] = ()
+) -> str | None:
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__module__}.{type(weight).__qualname__}"
     if weight.layout is not torch.strided:
         return f"its weight is {weight.layout}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}"
-    missing = _missing_op(weight.device.type, precision)
+    missing = _missing_op(weight.device.type, *(ops or _OPS[precision]))
     if missing is not None:
         return f"on device {weight.device}, for which there is no {missing}"
     if precision == "int8":
@@ -230,9 +241,9 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-def _missing_op(device: str, precision: str, *others: str) -> str | None:
+def _missing_op(device: str, *ops: str) -> str | None:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    for op in (*_OPS[precision], *others):
+    for op in ops:
         if key is None or not has_kernel(f"pybigmodel::{op}", key):
             return op
     return None

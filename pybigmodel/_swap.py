@@ -7,13 +7,14 @@ classes in the same way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pybigmodel._fuse import Fused, fused_class
+from pybigmodel._fuse import GROUPED, Fused, fused_class
 from pybigmodel.nn import (
     Int8Linear,
     Linear,
@@ -23,8 +24,11 @@ from pybigmodel.nn import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from pybigmodel.nn.conv import CONVOLUTIONS, STATE
 from pybigmodel.nn.multihead_attention import WEIGHTS
 from pybigmodel.ops._checks import PANEL, ceil_div
+from pybigmodel.ops._conv_checks import packed_sizes
+from pybigmodel.ops._conv_geometry import ALGORITHMS, Geometry, exact_algorithm
 
 # What contains linear layers and other blocks, and may be replaced together with them.
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
@@ -41,13 +45,23 @@ _KEPT = frozenset(vars(nn.Module())) - set(_TENSORS)
 # On a swapped module: its class before, and for int8 the float layer for `restore`, out of reach of
 # parameters() and state_dict().
 CLASS, ORIGINAL = "_class_of_torch", "_original"
-OWN = ("_packed", "_moments", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL)
+OWN = (
+    *("_packed", "_moments", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL),
+    *(*STATE, GROUPED),
+)
+OUR_CONVOLUTIONS = tuple(CONVOLUTIONS.values())
 
 
 def replacement(
-    module: nn.Module, precision: str, inner: Mapping[nn.Module, nn.Module]
+    module: nn.Module,
+    precision: str,
+    inner: Mapping[nn.Module, nn.Module],
+    exact: bool = False,
+    channels_last: bool = True,
 ) -> nn.Module:
     """What the layer becomes, on the same Parameters, with `inner` for what it contains.
+
+    exact: convolutions without Winograd; channels_last: they give images in that layout.
 
     Raises:
         ValueError: NaN or infinity in a weight that is to be quantised.
@@ -61,11 +75,25 @@ def replacement(
         # Its hooks, where it is called as a part of a block.
         vars(new).update({name: vars(module)[name] for name in _KEPT})
         return new
+    if type(module) in CONVOLUTIONS:
+        new = with_inner(module, {})
+        new.__class__ = CONVOLUTIONS[type(module)]
+        assert isinstance(new, OUR_CONVOLUTIONS)
+        new._set_up(float_precision(precision), "direct" if exact else "auto")
+        # Of one axis torch knows no such layout, and what comes after would convert it.
+        if channels_last and len(new.kernel_size) > 1:
+            vars(new)["_channels_last"] = True
+        return new
     new = with_inner(module, inner)
     new.__class__ = BLOCKS[type(module)]
     if isinstance(new, MultiheadAttention):
-        new._set_up("fp32" if precision == "int8" else precision)
+        new._set_up(float_precision(precision))
     return new
+
+
+def float_precision(precision: str) -> str:
+    """Of what has no int8: attention and convolutions."""
+    return "fp32" if precision == "int8" else precision
 
 
 def with_inner(module: nn.Module, inner: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -91,6 +119,8 @@ def _exchanged(module: nn.Module, inner: Mapping[nn.Module, nn.Module]) -> nn.Mo
 def become(module: nn.Module, new: nn.Module, keep_original: bool) -> None:
     """Turn `module` into what `new` is, which is its `replacement`; what it contains stays."""
     state: dict[str, Any] = {CLASS: type(module)}
+    if isinstance(new, OUR_CONVOLUTIONS):
+        new.forget_packed()  # what a trial packed: with a norm folded in it will be another
     if isinstance(new, Int8Linear):
         state[ORIGINAL] = _shell(module)
     kept = _KEPT if isinstance(module, nn.Linear) else vars(module)
@@ -101,8 +131,8 @@ def become(module: nn.Module, new: nn.Module, keep_original: bool) -> None:
         module._free_original()
 
 
-def take_in_activations(module: nn.Module) -> None:
-    """Have the layers of ours do the activations that follow them in the module's forward."""
+def take_in(module: nn.Module) -> None:
+    """Have the layers of ours do what follows them in the module's forward."""
     fused = fused_class(module)
     if fused is not None:
         vars(module).setdefault(CLASS, type(module))
@@ -116,7 +146,8 @@ def is_swapped(module: nn.Module) -> bool:
 def why_not_reverted(module: nn.Module) -> str | None:
     """Why `revert` cannot be: the class was changed since, as parametrizations do."""
     kind = type(module)
-    if kind in (Linear, Int8Linear, *BLOCKS.values()) or Fused in kind.__bases__:
+    ours = (Linear, Int8Linear, *BLOCKS.values(), *OUR_CONVOLUTIONS)
+    if kind in ours or Fused in kind.__bases__:
         return None
     return (
         f"it became a {kind.__module__}.{kind.__qualname__} since; remove its parametrizations "
@@ -130,6 +161,8 @@ def revert(module: nn.Module) -> None:
     Where the float weight was not kept, it is the one that the int8 layer computes with.
     """
     if isinstance(module, Linear | MultiheadAttention):
+        module.forget_packed()
+    elif isinstance(module, OUR_CONVOLUTIONS):
         module.forget_packed()
     if isinstance(module, Int8Linear):
         original = vars(module)[ORIGINAL]
@@ -176,7 +209,8 @@ def _shell(linear: nn.Module) -> nn.Linear:
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """The weights that the layer itself multiplies with."""
-    names = ("weight",) if isinstance(module, nn.Linear) else WEIGHTS
+    one = isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    names = ("weight",) if one else WEIGHTS
     weights = (module._parameters.get(name) for name in names)
     return [w for w in weights if w is not None and not isinstance(w, nn.UninitializedParameter)]
 
@@ -190,6 +224,8 @@ def weight_bytes(module: nn.Module) -> int:
         return sum(tensor.nbytes for tensor in held)
     weights = weights_of(module)
     stored = sum(weight.nbytes for weight in weights)
+    if isinstance(module, OUR_CONVOLUTIONS):
+        return stored + _packed_filter_bytes(module)
     if not isinstance(module, Linear | MultiheadAttention):
         return stored
     return stored + sum(_packed_bytes(weight, module.precision) for weight in weights)
@@ -200,3 +236,16 @@ def _packed_bytes(weight: Tensor, precision: str) -> int:
     if precision == "bf16" or weight.dtype == torch.bfloat16:
         return rows * (k + k % 2) * 2
     return rows * k * 4
+
+
+def _packed_filter_bytes(module: Any) -> int:
+    """Of a convolution's copy, as long as no Winograd runs; transposed ones have none."""
+    weight = module.weight
+    if module.transposed:
+        return 0
+    bf16 = module.precision == "bf16" or weight.dtype == torch.bfloat16
+    axes = len(module.kernel_size)
+    options = ([1] * axes, [0] * (2 * axes), module.dilation, module.groups)  # of no weight
+    algorithm = exact_algorithm(Geometry([1] * axes, weight.shape, *options, bf16), True)
+    elements = math.prod(packed_sizes(weight.shape, module.groups, bf16, algorithm))
+    return elements * (2 if bf16 and algorithm != ALGORITHMS["depthwise"] else 4)

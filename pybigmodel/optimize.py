@@ -9,21 +9,24 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pybigmodel._fuse import Fused, fused_layers
-from pybigmodel._measure import Trial, run_trials, split_inputs
-from pybigmodel._report import Report, Row, log_rows
+from pybigmodel._fuse import Fused, Taken, taken_in
+from pybigmodel._measure import Trial, run_once, run_trials, split_inputs
+from pybigmodel._report import Report, Row, log, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
 from pybigmodel._swap import (
+    OUR_CONVOLUTIONS,
     become,
+    float_precision,
     is_swapped,
     replacement,
     revert,
-    take_in_activations,
+    take_in,
     weight_bytes,
     weights_of,
     why_not_reverted,
 )
 from pybigmodel.nn import Int8Linear
+from pybigmodel.nn.conv import CONVOLUTIONS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,16 +46,20 @@ def optimize(
     exclude: Selection = None,
     inplace: bool = False,
     keep_original: bool = True,
+    exact: bool = False,
+    channels_last: bool = True,
 ) -> Model:
-    """The model with its linear layers and its attention on this library's kernels.
+    """The model with its linear layers, convolutions and attention on this library's kernels.
 
     Every torch.nn.Linear becomes a :class:`pybigmodel.nn.Linear` ("fp32", "bf16") or a
     :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"); every
     MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer and stack of these becomes
-    pybigmodel.nn's of that name, with the linear layers in it. ("int8" leaves the projections of
-    queries, keys and values, and attention itself, in the dtype that they have.) A relu, gelu or
-    silu that follows a layer, in a Sequential or in the forward of a module as
-    ``self.act(self.dense(x))``, is done with it in one pass where no gradient is wanted. What
+    pybigmodel.nn's of that name, with the linear layers in it, and so does every convolution.
+    ("int8" leaves the projections of queries, keys and values, attention itself and convolutions in
+    the dtype that they have.) A relu, gelu or silu that follows a layer, in a Sequential or in the
+    forward of a module as ``self.act(self.dense(x))``, is done with it in one pass where no
+    gradient is wanted; so are, after a convolution, a BatchNorm in eval mode, whose factors are
+    folded into the weight, a residual and relu6, hardswish or leaky_relu too. What
     cannot or should not be replaced stays, and :func:`report` says why. The modules stay the same
     objects and change their class, so hooks, shared modules, tied weights and what refers to them
     stay too.
@@ -74,9 +81,16 @@ def optimize(
         keep_original: whether int8 layers keep their float weights for :func:`restore` (outside
             parameters() and state_dict(), dropped by pickling). False frees them: restore then
             gives the weights that int8 computed with.
+        exact: convolutions sum products as they are, without Winograd
+            (:class:`pybigmodel.nn.Conv2d`, algorithm="direct").
+        channels_last: whether convolutions of two and three axes give their images in that layout,
+            which the next takes as they are. A model that calls ``view`` on an image, as
+            ``x.view(len(x), -1)``, needs False: its shape is the same, its strides are not. With
+            example_inputs the new model is run once, and that is seen to.
 
     Memory per weight of float32: 4 bytes and 4 more once a layer has run ("fp32"), 4 and 2
-    ("bf16"), 1 and 4 for the original ("int8").
+    ("bf16"), 1 and 4 for the original ("int8"). Convolutions: 4 and, for each algorithm that ran, 4
+    (7 or 16 for Winograd's).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; a pattern or type that matches
@@ -94,7 +108,7 @@ def optimize(
         model = _copied(model)
     before = {row.path: row for row in _known_rows(model)}
     found = candidates(model, precision, include, exclude)
-    news, refused = _replacements(found, precision)
+    news, refused = _replacements(found, precision, exact, channels_last)
     trials = {
         candidate.path: Trial(candidate.module, news[candidate.module])
         for candidate in found
@@ -117,7 +131,9 @@ def optimize(
         else:
             new = news.get(candidate.module)
             rows.append(_finish(candidate, new, trial, left, precision, keep_original))
-    rows = _with_activations(model, found, rows)
+    rows = _with_what_follows(model, found, rows)
+    if example_inputs is not None:
+        _check_layouts(model, example_inputs)
     log_rows(rows)
     vars(model)[_REPORT] = Report(tuple(rows))
     return model
@@ -212,7 +228,7 @@ def _rows_of_reports(model: nn.Module) -> list[Row]:
 
 
 def _replacements(
-    found: list[Candidate], precision: str
+    found: list[Candidate], precision: str, exact: bool, channels_last: bool
 ) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
     """What each layer would become, and the reasons of those that turn out not to."""
     news: dict[nn.Module, nn.Module] = {}
@@ -220,7 +236,9 @@ def _replacements(
     for candidate in reversed(found):  # what a layer contains before the layer
         if candidate.left is None:
             try:
-                news[candidate.module] = replacement(candidate.module, precision, news)
+                news[candidate.module] = replacement(
+                    candidate.module, precision, news, exact, channels_last
+                )
             except ValueError as error:  # NaN or infinity in a weight to be quantised
                 refused[candidate.path] = str(error)
     return news, refused
@@ -259,9 +277,10 @@ def _kept(row: Row, candidate: Candidate, precision: str) -> Row:
 
 
 def _products(module: nn.Module, precision: str) -> str:
-    """What the products are computed in: bf16 weights always take bf16's, attention never int8."""
-    if precision == "int8" and isinstance(module, nn.MultiheadAttention):
-        precision = "fp32"
+    """What the products are computed in: bf16 weights always take bf16's, attention and
+    convolutions never int8."""
+    if isinstance(module, (nn.MultiheadAttention, *CONVOLUTIONS)):
+        precision = float_precision(precision)
     return "bf16" if precision == "fp32" and _dtype_of(module) == torch.bfloat16 else precision
 
 
@@ -308,24 +327,61 @@ def _finish(
     )
 
 
-def _with_activations(model: nn.Module, found: list[Candidate], rows: list[Row]) -> list[Row]:
-    """Have the new layers do the activations that follow them, and say which."""
-    done: dict[nn.Module, str] = {}
-    for module in model.modules():
-        take_in_activations(module)
-        done |= fused_layers(module) if isinstance(module, Fused) else {}
+def _with_what_follows(model: nn.Module, found: list[Candidate], rows: list[Row]) -> list[Row]:
+    """Have the new layers do what follows them, and say what that is."""
+    done: dict[nn.Module, Taken] = {}
+    paths = {module: path for path, module in model.named_modules()}
+    for module in reversed(list(model.modules())):  # what a module contains before the module
+        take_in(module)
+        done |= taken_in(module) if isinstance(module, Fused) else {}
     return [
-        replace(row, activation=done.get(candidate.module))
+        _with_taken(row, done.get(candidate.module, Taken()), paths)
         for candidate, row in zip(found, rows, strict=True)
     ]
+
+
+def _with_taken(row: Row, taken: Taken, paths: dict[nn.Module, str]) -> Row:
+    return replace(
+        row,
+        norm=None if taken.norm is None else paths[taken.norm],
+        residual=taken.residual,
+        activation=taken.activation,
+        found=taken.where or None,
+    )
+
+
+def _check_layouts(model: nn.Module, example_inputs: Any) -> None:
+    """Leave images in the layout that they have where the model cannot do with channels_last."""
+    turned = [m for m in model.modules() if vars(m).get("_channels_last") and is_swapped(m)]
+    if turned:
+        try:
+            run_once(model, example_inputs)
+        except RuntimeError as error:
+            log.warning("optimize: convolutions leave layouts as they are, since: %s", error)
+            for layer in turned:
+                assert isinstance(layer, OUR_CONVOLUTIONS)
+                layer.keep_layout()
+            run_once(model, example_inputs)
 
 
 def _describe(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.Linear | Int8Linear):
         return f"{name}({module.in_features}, {module.out_features})"
+    if isinstance(module, tuple(CONVOLUTIONS)):
+        return _describe_convolution(name, module)
     if isinstance(module, nn.MultiheadAttention):
         return f"{name}({module.embed_dim}, {module.num_heads} heads)"
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
         return f"{name}({len(module.layers)} layers)"
     return name
+
+
+def _describe_convolution(name: str, module: Any) -> str:
+    kernel = "×".join(map(str, module.kernel_size))
+    options = "".join(
+        f", {option} {value[0] if isinstance(value, tuple) else value}"
+        for option in ("stride", "dilation", "groups")
+        if (value := getattr(module, option)) not in (1, (1,) * len(module.kernel_size))
+    )
+    return f"{name}({module.in_channels}, {module.out_channels}, {kernel}{options})"

@@ -2,6 +2,15 @@
 not."""
 
 from pybigmodel.nn.additive_attention import AdditiveAttention
+from pybigmodel.nn.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
+from pybigmodel.nn.conv_bn_act import ConvBnAct1d, ConvBnAct2d, ConvBnAct3d
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
 from pybigmodel.nn.multihead_attention import MultiheadAttention
@@ -15,6 +24,15 @@ from pybigmodel.nn.transformer import (
 
 __all__ = [
     "AdditiveAttention",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvBnAct1d",
+    "ConvBnAct2d",
+    "ConvBnAct3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "Int8Linear",
     "Linear",
     "MultiheadAttention",

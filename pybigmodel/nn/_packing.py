@@ -22,10 +22,11 @@ they get another Parameter. After an edit of a few elements through `.data` in b
 from __future__ import annotations
 
 import ctypes
+import operator
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,15 +45,25 @@ _STALE = -1  # no version counter gets there
 # the time of a 768×768 product with one row.
 _SAMPLES = 16
 
+
+class ConvKey(NamedTuple):
+    """Which copy of a convolution's weight: the codes of the ops."""
+
+    groups: int
+    precision: int
+    algorithm: int
+
+
 # Which copy: a precision code, plus this for a weight rounded to float16, as autocast does. Of some
 # rows that do not fill panels: with the first of them and the end.
 ROUNDED_TO_FP16 = 2
-Key: TypeAlias = int | tuple[int, int, int]
+Key: TypeAlias = int | tuple[int, int, int] | ConvKey
 
 _ops = torch.ops.pybigmodel
 _linear = _ops.linear.default
 _linear_packed = _ops.linear_packed.default
 _pack_linear_weight = _ops.pack_linear_weight.default
+_pack_conv_weight = _ops.pack_conv_weight.default
 
 
 class Packed:
@@ -122,6 +133,43 @@ class Packed:
         return _not_packed, ()
 
 
+class Sources:
+    """Several tensors, as they were: what a copy was made from that is kept elsewhere.
+
+    The first may have any shape; the others are vectors or None. All are held, so that each is
+    known by its identity; a step of an optimizer counts for a change, as it does above.
+    """
+
+    __slots__ = (
+        *("_addresses", "_bits", "_first", "_samples", "_steps", "_tensors", "_there"),
+        "_versions",
+    )
+
+    def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        self._tensors = tensors
+        self._there = there = [tensor for tensor in tensors if tensor is not None]
+        self._first = there[0].shape, there[0].stride()
+        self._steps = _steps
+        self._versions = list(map(_version, there))
+        self._addresses = list(map(Tensor.data_ptr, there))
+        self._samples = list(map(_sample, there))
+        self._bits = list(map(_copy_of, self._samples))
+
+    def are_current(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether these are the same, and as they were."""
+        if not all(map(operator.is_, tensors, self._tensors)) or self._steps != _steps:
+            return False
+        there, (shape, stride) = self._there, self._first
+        return (
+            list(map(_version, there)) == self._versions
+            and there[0].shape == shape
+            and there[0].stride() == stride
+            # Before the samples: they read these addresses.
+            and list(map(Tensor.data_ptr, there)) == self._addresses
+            and self._samples == self._bits
+        )
+
+
 def _sample(weight: Tensor) -> memoryview:
     """A strided view of about _SAMPLES words of the memory that the weight spans."""
     if not weight.numel():
@@ -143,6 +191,7 @@ def _copy_of(sample: memoryview) -> memoryview:
     return memoryview(sample.tobytes()).cast(sample.format)  # type: ignore[call-overload,no-any-return]
 
 
+_version = operator.attrgetter("_version")
 NOT_PACKED = Packed()
 _steps = 0  # of all optimizers
 _entries: dict[int, Packed] = {}  # by id of the Parameter; tied layers find the same entry
@@ -159,10 +208,10 @@ def _freed(key: int, storage: weakref.ref[torch.UntypedStorage]) -> None:
         entry.discard()
 
 
-def cacheable(weight: Tensor) -> bool:
+def cacheable(weight: Tensor, kinds: tuple[type, ...] = (Parameter,)) -> bool:
     """Whether changes of this weight can be noticed, and this call computes real values."""
     return (
-        type(weight) is Parameter  # not a DTensor, a functorch wrapper or a compiled graph's buffer
+        type(weight) in kinds  # not a DTensor, a functorch wrapper or a compiled graph's buffer
         and weight.device.type == "cpu"
         and weight.layout is torch.strided
         and not weight.is_inference()
@@ -174,19 +223,22 @@ def cacheable(weight: Tensor) -> bool:
 
 def packed_for(weight: Tensor, key: Key) -> tuple[Packed, Tensor]:
     """The current entry of a cacheable weight, and its copy of this key."""
-    entry = _entries.get(id(weight), NOT_PACKED)
-    current = entry.is_current(weight)
-    copy = entry.copies.get(key) if current else None
+    # The state first, then the copy: a change in between makes the entry out of date, not wrong.
+    entry = watched(weight)
+    copy = entry.copies.get(key)
     if copy is None:
-        if not current:
-            if entry is not NOT_PACKED:
-                entry.discard()
-            # The state first, then the copy: a change in between makes the entry out of date, not
-            # wrong.
-            entry = Packed.of(weight)
         entry.copies[key] = copy = _pack(weight, key)
-        _entries[id(weight)] = entry
     return entry, copy
+
+
+def watched(tensor: Tensor) -> Packed:
+    """The current entry of a cacheable tensor, with the copies that it has."""
+    entry = _entries.get(id(tensor), NOT_PACKED)
+    if not entry.is_current(tensor):
+        if entry is not NOT_PACKED:
+            entry.discard()
+        entry = _entries[id(tensor)] = Packed.of(tensor)
+    return entry
 
 
 def entry_of(weight: Tensor) -> Packed:
@@ -210,12 +262,19 @@ def packed_rows(weight: Tensor, key: int, start: int = 0, stop: int | None = Non
 def _pack(weight: Tensor, key: Key) -> Tensor:
     # Outside inference mode: the copy outlives this call and is used in any mode.
     with torch.inference_mode(False), torch.no_grad():
+        if isinstance(key, ConvKey):
+            return pack_filters(weight, key)
         if isinstance(key, tuple):
             key, start, stop = key
             weight = weight[start:stop]
         if key >= ROUNDED_TO_FP16:
             weight = weight.to(torch.float16)
         packed: Tensor = _pack_linear_weight(weight, key % ROUNDED_TO_FP16)
+    return packed
+
+
+def pack_filters(weight: Tensor, key: ConvKey) -> Tensor:
+    packed: Tensor = _pack_conv_weight(weight, *key)
     return packed
 
 

@@ -50,7 +50,7 @@ def _int8_linear(
 
 
 @register_flop_formula(_ops.conv)
-def _conv(input: Shape, weight: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
+def conv(input: Shape, weight: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * prod(out_shape) * prod(weight[1:])
 
 

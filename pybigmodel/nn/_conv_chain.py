@@ -1,0 +1,313 @@
+"""A convolution, its BatchNorm, a residual and an activation, as one op where that is the same.
+
+``y = act(norm(x * W + b) + r)``: the normalisation of inference is a factor and an offset for each
+channel, which are folded into copies of weight and bias in float64 and rounded once. The modules
+stay as they are and are looked at anew at every call: what is hooked, exchanged, in training or
+under autograd is called one by one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from pybigmodel._torch_private import (
+    autocast_enabled,
+    dispatch_modes,
+    forward_ad,
+    hooked_everywhere,
+    jit_tracing_state,
+)
+from pybigmodel.nn._activation import activation_of, hooked
+from pybigmodel.nn._conv_plan import MOST, Plan, pad_in_mode
+from pybigmodel.nn._packing import ConvKey, Sources, cacheable, pack_filters, packed_for
+from pybigmodel.nn.conv import FORWARD
+from pybigmodel.ops._common import CONV_ACTIVATIONS
+
+NORMS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+_FUNCTIONS: dict[Any, str] = {
+    F.relu6: "relu6",
+    F.hardswish: "hardswish",
+    F.leaky_relu: "leaky_relu",
+}
+_FORWARD = frozenset(FORWARD)
+_NONE = (0, 0.0)
+is_grad_enabled = torch.is_grad_enabled
+_FIXED = (nn.ReLU, nn.SiLU, nn.Hardswish)
+_HELD = (nn.Parameter, Tensor)  # what may be watched: running statistics are buffers
+
+
+def convolved(
+    x: Any,
+    layers: tuple[Any, ...],
+    residual: Any = None,
+    after: Any = None,
+    add: Callable[[Any, Any], Any] = operator.add,
+    pad: Callable[[Any, Any], Any] | None = None,
+) -> Any:
+    """``after(add(layers(pad(x)), residual))``, in one op where that is the same.
+
+    Args:
+        x: what goes into the first layer.
+        layers: a convolution, then what follows it; None stands for nothing.
+        residual, after, add: what is added, what is called on the sum, and how it is added.
+        pad: a function of x and the convolution, that pads with zeros.
+    """
+    layer = layers[0]
+    if type(layer) in _FORWARD and not is_grad_enabled() and not is_dynamo_compiling():
+        y = _in_one(layer, x, layers, residual, after, pad)
+        if y is not None:
+            return y
+    y = x if pad is None else pad(x, layer)
+    for layer in layers:
+        if layer is not None:
+            y = layer(y)
+    if residual is not None:
+        y = add(y, residual)
+    return y if after is None else after(y)
+
+
+class Chain:
+    """The parts of a chain that are there."""
+
+    __slots__ = ("_folded", "act", "code", "kinds", "norm")
+
+    def __init__(self, norm: Any, act: Any, kinds: tuple[tuple[nn.Module, type], ...]) -> None:
+        self.norm, self.act, self.kinds = norm, act, kinds
+        # None where it depends on attributes, which may be assigned.
+        fixed = act is None or type(act) in _FIXED or not isinstance(act, nn.Module)
+        self.code = (_NONE if act is None else code_of(act)) if fixed else None
+        self._folded: Folded | None = None
+
+    def weights(self, layer: Any, weight: Any, key: ConvKey) -> tuple[Tensor, Tensor | None] | None:
+        """Packed weight and bias as they are now; None where changes could not be noticed."""
+        bias = layer._parameters.get("bias")
+        if self.norm is None:
+            if layer._packed.is_current(weight):
+                copy = layer._packed.copies.get(key)
+                if copy is not None:
+                    return copy, bias
+            if not cacheable(weight):
+                return None
+            layer.__dict__["_packed"], copy = packed_for(weight, key)
+            return copy, bias
+        norm: Any = self.norm
+        parameters, buffers = norm._parameters, norm._buffers
+        sources = (
+            *(weight, bias, parameters.get("weight"), parameters.get("bias")),
+            *(buffers.get("running_mean"), buffers.get("running_var")),
+        )
+        folded = self._folded
+        if folded is None or norm.eps != folded.eps or not folded.sources.are_current(sources):
+            if not all(t is None or cacheable(t, _HELD) for t in sources):
+                return None
+            # The state first, then the copy: a change in between makes it out of date, not wrong.
+            folded = self._folded = Folded(sources, norm.eps)
+        found = folded.copies.get(key)
+        if found is None:
+            found = folded.copies[key] = _packed_fold(sources, folded.eps, key)
+        return found
+
+
+class Folded:
+    """Packed weights and biases with a norm in them, while what they were made from stays."""
+
+    __slots__ = ("copies", "eps", "sources")
+
+    def __init__(self, sources: tuple[Any, ...], eps: float) -> None:
+        self.sources, self.eps = Sources(sources), eps
+        self.copies: dict[ConvKey, tuple[Tensor, Tensor]] = {}
+
+
+def _packed_fold(sources: tuple[Any, ...], eps: float, key: ConvKey) -> tuple[Tensor, Tensor]:
+    # Outside inference mode: the copy outlives this call and is used in any mode.
+    with torch.inference_mode(False), torch.no_grad():
+        weight, bias = fold(*sources, eps=eps)
+        return pack_filters(weight, key), bias
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``W·s`` and ``β + (b − μ)·s`` with ``s = w/√(σ² + ε)``: in float64, each rounded once.
+
+    The weight keeps its dtype, but float16, whose range a factor can leave, becomes float32; the
+    bias is float32.
+    """
+    scale = (var.double() + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma.double()
+    offset = -mean.double() if bias is None else bias.double() - mean.double()
+    offset = offset * scale
+    if beta is not None:
+        offset = offset + beta.double()
+    dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    return folded.to(dtype), offset.float()
+
+
+def _in_one(
+    layer: Any, x: Any, layers: tuple[Any, ...], residual: Any, after: Any, pad: Any
+) -> Tensor | None:
+    """The result of one op, or None where the parts have to be called one by one."""
+    chain = chain_of(layers, residual is not None, after)
+    if (
+        chain is None
+        or hooked_everywhere()
+        or autocast_enabled()
+        or dispatch_modes()
+        or jit_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or not isinstance(x, Tensor)  # torch.fx's
+        or x.is_nested
+    ):
+        return None
+    code = chain.code or code_of(chain.act)
+    if code is None:
+        return None
+    if layer.padding_mode != "zeros":
+        if pad is not None:
+            return None
+        x = pad_in_mode(layer, x)
+    weight = layer._parameters.get("weight")
+    if weight is None or x.dtype != weight.dtype or x.dim() != weight.dim():
+        return None
+    key = x.shape if layer._channels_last else (x.shape, x.stride())
+    if pad is not None:
+        key = key, pad
+    plan = layer._plans.get(key)
+    if plan is None or plan.dtype is not x.dtype:
+        plan = _new_plan(layer, x, weight, pad, key)
+        if plan is None:
+            return None
+    if residual is not None and not (
+        isinstance(residual, Tensor)
+        and residual.dtype == x.dtype
+        and residual.shape == plan.out_shape
+        and residual.device == x.device
+    ):
+        return None
+    found = chain.weights(layer, weight, plan.key)
+    if found is None:
+        return None
+    y: Tensor = plan.run(x, *found, residual, *code)
+    return y
+
+
+def chain_of(layers: tuple[Any, ...], residual: bool, after: Any) -> Chain | None:
+    """What is known of these layers, if they are now what can be one op."""
+    chains = layers[0]._chains
+    key = (layers, residual, after)
+    try:
+        chain: Chain | None = chains.get(key)
+    except TypeError:  # a callable without a hash
+        return None
+    if chain is None:
+        chain = _new_chain(layers, residual, after)
+        if chain is None:
+            return None
+        if len(chains) >= MOST:
+            chains.clear()
+        chains[key] = chain
+    for module, kind in chain.kinds:
+        own = module.__dict__  # as `hooked` has it, but for hooks of gradients: none is recorded
+        if (
+            type(module) is not kind
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or "forward" in own
+        ):
+            return None
+    norm: Any = chain.norm
+    if norm is not None and (norm.training or norm._buffers.get("running_var") is None):
+        return None
+    return chain
+
+
+def _new_chain(layers: tuple[Any, ...], residual: bool, after: Any) -> Chain | None:
+    rest = [layer for layer in layers[1:] if layer is not None]
+    modules = [m for m in (layers[0], *rest, after) if isinstance(m, nn.Module)]
+    rest = [layer for layer in rest if type(layer) is not nn.Identity]
+    norm = rest.pop(0) if rest and is_norm(rest[0], layers[0]) else None
+    if type(after) is nn.Identity:
+        after = None
+    if not residual and after is not None:
+        rest.append(after)
+        after = None
+    act = after if residual else (rest.pop(0) if rest else None)
+    if rest or type(layers[0]) not in FORWARD or (act is not None and code_of(act) is None):
+        return None
+    return Chain(norm, act, tuple((m, type(m)) for m in modules))
+
+
+def is_norm(module: Any, layer: Any) -> bool:
+    """Whether it is a BatchNorm that can be folded into the convolution."""
+    return (
+        NORMS.get(type(module)) == len(layer.kernel_size) + 2
+        and module.num_features == layer.out_channels
+    )
+
+
+def code_of(function: Any) -> tuple[int, float] | None:
+    """The op's activation and slope, if calling the function is that and nothing else."""
+    if type(function) is nn.ReLU6 and not hooked(function):
+        usual = function.min_val == 0.0 and function.max_val == 6.0
+        return (CONV_ACTIVATIONS["relu6"], 0.0) if usual else None
+    name: str | None = activation_of(function)
+    if name is not None:
+        return CONV_ACTIVATIONS[name], 0.0
+    if not isinstance(function, nn.Module):
+        name = next((name for known, name in _FUNCTIONS.items() if known is function), None)
+        return None if name is None else (CONV_ACTIVATIONS[name], 0.01)  # torch's default slope
+    kind = type(function)
+    if hooked(function):
+        return None
+    if kind is nn.LeakyReLU:
+        slope: Any = function.negative_slope
+        return CONV_ACTIVATIONS["leaky_relu"], float(slope)
+    return (CONV_ACTIVATIONS["hardswish"], 0.0) if kind is nn.Hardswish else None
+
+
+def _new_plan(layer: Any, x: Tensor, weight: Tensor, pad: Any, key: Any) -> Plan | None:
+    if x.shape[1] != layer.groups * weight.shape[1]:  # which the layer names
+        return None
+    extra = () if pad is None else _sides_of(pad, layer, x)
+    if extra is None:
+        return None
+    if len(layer._plans) >= MOST:
+        layer._plans.clear()
+    plan = Plan(layer, x, weight, extra)
+    if min(plan.out_shape[2:], default=1) < 1:
+        return None
+    layer._plans[key] = plan
+    return plan
+
+
+def _sides_of(pad: Any, layer: Any, x: Tensor) -> tuple[int, ...] | None:
+    """How far the function pads an image of this shape with zeros, before and after, axis by axis:
+    from what it does to one of ones; None where it does something else."""
+    ones = torch.ones((1, 1, *x.shape[2:]))
+    padded = pad(ones, layer)
+    if padded.dim() != ones.dim() or float(padded.sum()) != ones.numel():
+        return None
+    sides = []
+    for axis in range(2, ones.dim()):
+        others = [other for other in range(ones.dim()) if other != axis]
+        there = padded.amax(others).nonzero().flatten().tolist()
+        if len(there) != x.shape[axis] or there[-1] - there[0] + 1 != len(there):
+            return None
+        sides += [there[0], padded.shape[axis] - there[-1] - 1]
+    return tuple(sides)

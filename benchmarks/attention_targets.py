@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from results import ITEMSIZE, Result
-from target import Filter, Target, Value, column, ratio
+from target import Filter, Target, column, ratio, time_over
 
 SDPA, OPENVINO = "torch_eager", "openvino"
 PEERS = (SDPA, OPENVINO, "onnxruntime_attention", "onnxruntime_mha", "onnxruntime_gqa")
@@ -44,14 +44,6 @@ def _of(precision: str, causal: bool, s: int | None = None, d: int | None = None
     return where
 
 
-def _time_over(provider: str) -> Value:
-    def value(r: Result) -> float | None:
-        own, other = r.seconds("pybigmodel"), r.seconds(provider)
-        return None if own is None or other is None else own / other
-
-    return value
-
-
 def _fp32() -> Iterator[Target]:
     work, full = "attention fp32, full", _of("fp32", causal=False)
     yield Target(work, "× SDPA", 2.0, full, ratio(SDPA))
@@ -62,7 +54,7 @@ def _fp32() -> Iterator[Target]:
     yield Target(work, "× SDPA", 2.5, causal, ratio(SDPA))
     yield Target(work, "× best peer", 1.8, causal, ratio(*PEERS))
     longest = _of("fp32", causal=True, s=2048)
-    value = _time_over("pybigmodel_full")
+    value = time_over("pybigmodel_full")
     yield Target(f"{work}, S = 2048", "of our full's time", 0.56, longest, value, at_most=True)
 
 

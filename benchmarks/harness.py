@@ -200,6 +200,7 @@ def _row(
         rel_error=errors.relative,
         max_error=errors.largest,
         cosine=errors.cosine,
+        agreement=errors.agreement,
         peak_bytes=peak_bytes,
         cpu_over_wall=timing.cpu_over_wall,
         other_load=others,

@@ -46,7 +46,8 @@ class Row:
     bandwidth_fraction: float | None
     rel_error: float | None  # relative L2, against float64
     max_error: float | None  # largest, over the RMS of the exact result
-    cosine: float | None  # mean cosine of embeddings to torch eager's
+    cosine: float | None  # mean cosine of embeddings or logits to torch eager's
+    agreement: float | None  # fraction of images whose largest logit is torch eager's
     peak_bytes: (
         int | None
     )  # what one call adds to the process's memory at its peak, output included

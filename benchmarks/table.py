@@ -5,10 +5,13 @@ Usage: python benchmarks/table.py [--results FOLDER] [--threads 2]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from results import DYNAMIC_PEERS, OURS, Result, from_command_line, geometric_mean
+from cells import cell, mean, medians, table
+from conv_table import by_shape as convolutions_by_shape
+from conv_table import convolutions, networks
+from results import DYNAMIC_PEERS, OURS, Result, from_command_line
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 REPOSITORY = Path(__file__).parent.parent
@@ -56,20 +59,6 @@ ENCODERS = (
 )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    present = [v for v in values if v is not None]
-    return geometric_mean(present) if present else None
-
-
-def _cell(value: float | None, form: str, suffix: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{suffix}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
 def _products(results: list[Result]) -> list[str]:
     """One line per op, precision and M: geometric means over the shapes."""
     lines = []
@@ -87,15 +76,15 @@ def _products(results: list[Result]) -> list[str]:
             [
                 f"{LABELS[op]} {precision}",
                 str(m),
-                _cell(_mean(r.number(OURS, "gflops") for r in group), ".0f"),
-                _cell(_mean(r.number(OURS, limit) for r in group), ".0%")
+                cell(mean(r.number(OURS, "gflops") for r in group), ".0f"),
+                cell(mean(r.number(OURS, limit) for r in group), ".0%")
                 + (" of the bandwidth" if streaming else ""),
-                _cell(_mean(r.speedup(("torch_eager",)) for r in group), ".2f", "×"),
-                _cell(_mean(r.speedup(peers) for r in group), ".2f", "×"),
+                cell(mean(r.speedup(("torch_eager",)) for r in group), ".2f", "×"),
+                cell(mean(r.speedup(peers) for r in group), ".2f", "×"),
             ]
         )
     header = ["work", "M", "GOP/s", "of the peak", "over F.linear", "over the best other peer"]
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _attention(results: list[Result]) -> list[str]:
@@ -115,16 +104,16 @@ def _attention(results: list[Result]) -> list[str]:
             lines.append(
                 [
                     f"{_label(op)} {precision}{option and ', '}{option}",
-                    _cell(_mean(r.number(OURS, limit) for r in group), ".0%")
+                    cell(mean(r.number(OURS, limit) for r in group), ".0%")
                     + (" of the bandwidth" if streaming else ""),
-                    _cell(_mean(r.speedup(("torch_eager",)) for r in group), ".2f", "×"),
-                    _cell(_mean(r.speedup(others) for r in group), ".2f", "×"),
+                    cell(mean(r.speedup(("torch_eager",)) for r in group), ".2f", "×"),
+                    cell(mean(r.speedup(others) for r in group), ".2f", "×"),
                 ]
             )
     if not lines:
         return []
     header = ["work", "of the peak", "over torch", "over the best other peer"]
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _label(op: str) -> str:
@@ -154,13 +143,13 @@ def _minilm(results: list[Result]) -> list[str]:
                 [
                     str(r.m),
                     name.replace("_", " "),
-                    _cell(None if seconds is None else r.m / seconds, ".0f"),
-                    _cell(r.speedup(("torch_eager",), ours=name), ".2f", "×"),
-                    _cell(r.number(name, "cosine"), ".6f"),
+                    cell(None if seconds is None else r.m / seconds, ".0f"),
+                    cell(r.speedup(("torch_eager",), ours=name), ".2f", "×"),
+                    cell(r.number(name, "cosine"), ".6f"),
                 ]
             )
     header = ["batch", "all-MiniLM-L6-v2, 128 tokens", "sentences/s", "over eager", "cosine to it"]
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _by_shape(results: list[Result]) -> list[str]:
@@ -180,11 +169,8 @@ def _by_shape(results: list[Result]) -> list[str]:
         if not group:
             continue
         group.sort(key=lambda r: (r.m, r.k * r.n, r.k, r.level))
-        rows = [
-            [r.shape, *(_cell(r.number(name, "median_us"), ".4g") for name in names)] for r in group
-        ]
         lines += ["", f"### `{op}` {precision}, median µs a call", ""]
-        lines += _table(["shape", *names], rows)
+        lines += medians(group, names)
     return lines
 
 
@@ -198,14 +184,9 @@ def _of_attention(results: list[Result]) -> list[str]:
             if not group:
                 continue
             group.sort(key=lambda r: ([r.size(name) or 0 for name in "BDS"], r.shape))
-            kept = [name for name in names if any(name in r.rows for r in group)]
-            rows = [
-                [r.shape, *(_cell(r.number(name, "median_us"), ".4g") for name in kept)]
-                for r in group
-            ]
             mixed = op == "encoder"
             lines += ["", f"### `{op}`{'' if mixed else f' {precision}'}, median µs a call", ""]
-            lines += _table(["shape", *kept], rows)
+            lines += medians(group, names)
     return lines
 
 
@@ -235,11 +216,21 @@ def _rewrite(path: Path, lines: list[str]) -> None:
 def main() -> None:
     results, threads = from_command_line(__doc__)
     origin = _origin(results, threads)
-    sections: list[Callable[[list[Result]], list[str]]] = [_minilm, _products, _attention]
-    tables = [table for section in sections if (table := section(results))]
-    summary = [line for table in tables for line in ["", *table]]
+    sections: list[Callable[[list[Result]], list[str]]] = [
+        _minilm,
+        networks,
+        _products,
+        _attention,
+        convolutions,
+    ]
+    found = [lines for section in sections if (lines := section(results))]
+    summary = [line for lines in found for line in ["", *lines]]
     _rewrite(REPOSITORY / "README.md", [*summary, "", origin, ""])
-    by_shape = [*_by_shape(results), *_of_attention(results)]
+    by_shape = [
+        *_by_shape(results),
+        *_of_attention(results),
+        *convolutions_by_shape(results),
+    ]
     _rewrite(REPOSITORY / "docs" / "benchmarks.md", [*by_shape, "", origin, ""])
 
 

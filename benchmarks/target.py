@@ -33,5 +33,15 @@ def ratio(*peers: str, ours: str = OURS) -> Value:
     return lambda r: r.speedup(peers, ours)
 
 
+def time_over(*peers: str, ours: str = OURS) -> Value:
+    """Our time over that of the fastest of `peers`."""
+
+    def value(r: Result) -> float | None:
+        speedup = r.speedup(peers, ours)
+        return None if speedup is None else 1 / speedup
+
+    return value
+
+
 def column(name: str, provider: str = OURS) -> Value:
     return lambda r: r.number(provider, name)

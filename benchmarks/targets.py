@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from attention_targets import attention_targets
+from conv_targets import conv_targets
 from results import (
     DYNAMIC_PEERS,
     OURS,
@@ -148,7 +149,7 @@ def main() -> None:
     results, _ = from_command_line(__doc__)
     print("| work | target | geometric mean | worst | where | verdict |")
     print("|---|---|---|---|---|---|")
-    for target in [*_linear(), *_int8(), *_rest(), *attention_targets()]:
+    for target in [*_linear(), *_int8(), *_rest(), *attention_targets(), *conv_targets()]:
         print(_line(target, results))
     rows = [row for r in results for row in r.rows.values()]
     enough = OtherLoad.ENOUGH_TO_MATTER

@@ -23,11 +23,13 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Errors:
-    """relative: L2, against float64. largest: over the RMS of the exact result. cosine: see Row."""
+    """relative: L2, against float64. largest: over the RMS of the exact result. The rest: see
+    Row."""
 
     relative: float | None = None
     largest: float | None = None
     cosine: float | None = None
+    agreement: float | None = None
 
     @classmethod
     def of(cls, outputs: Sequence[Tensor | np.ndarray], exact: Sequence[Tensor]) -> Errors:
@@ -113,6 +115,19 @@ _PEERS = {
         "pybigmodel": ("ours_attention", "build_additive"),
         "torch_eager": ("torch_attention", "build_additive"),
         "torch_compile": ("torch_attention", "build_additive_compiled"),
+    },
+    "conv": {
+        "pybigmodel": ("ours_conv", "build"),
+        "pybigmodel_exact": ("ours_conv", "build_exact"),
+        "pybigmodel_contiguous": ("ours_conv", "build_contiguous"),
+        "torch_eager": ("torch_conv", "build"),
+        "torch_channels_last": ("torch_conv", "build_channels_last"),
+        "onednn_prepacked": ("torch_conv", "build_onednn"),
+        "torch_compile": ("torch_conv", "build_compiled"),
+        "onnxruntime": ("onnxruntime_conv", "build"),
+        "onnxruntime_static": ("onnxruntime_conv", "build_static"),
+        "openvino": ("openvino_conv", "build"),
+        "openvino_static": ("openvino_conv", "build_static"),
     },
 }
 

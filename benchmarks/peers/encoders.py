@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,9 @@ from torch import Tensor
 
 import pybigmodel as pbm
 from peers import Contender
+from peers.onnx_export import onnx_file, statically_quantized
+
+_NAMES = ("ids", "mask")  # of the inputs
 
 
 def _contender(
@@ -61,23 +63,9 @@ def build_ours_bf16_tensors(problem: Encoder) -> Contender:
 # --- ONNX Runtime -------------------------------------------------------------------------------
 
 
-@contextmanager
-def _onnx_file(problem: Encoder) -> Iterator[Path]:
-    """The model in ONNX, with attention written out, as ONNX Runtime's optimiser recognises it."""
-    model = problem.data.with_attention("eager")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself, and of tracing
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            model,
-            problem.data.inputs,
-            path,
-            dynamo=False,
-            input_names=["ids", "mask"],
-            output_names=["y"],
-            opset_version=17,
-        )
-        yield path
+def _onnx_file(problem: Encoder) -> AbstractContextManager[Path]:
+    """With attention written out, as ONNX Runtime's optimiser recognises it."""
+    return onnx_file(problem.data.with_attention("eager"), problem.data.inputs, _NAMES)
 
 
 def _fused(problem: Encoder, path: Path) -> Path:
@@ -104,7 +92,7 @@ def _onnxruntime(problem: Encoder, path: Path, precision: str) -> Contender:
 
     values = {
         name: OrtValue.ortvalue_from_numpy(tensor.numpy())
-        for name, tensor in zip(("ids", "mask"), problem.data.inputs, strict=True)
+        for name, tensor in zip(_NAMES, problem.data.inputs, strict=True)
     }
     y = OrtValue.ortvalue_from_numpy(problem.data.eager.numpy().copy())
     call = bound(session(path.read_bytes(), problem.threads), values, {"y": y})
@@ -184,34 +172,14 @@ def build_openvino_int8(problem: Encoder) -> Contender:
 
 
 def _statically_quantized(problem: Encoder) -> bytes:
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
     with _onnx_file(problem) as path:
-        target = path.with_name("int8.onnx")
-        quantize_static(
+        return statically_quantized(
             path,
-            target,
-            _Calibration(problem),
-            quant_format=QuantFormat.QDQ,
+            [problem.data.inputs],
+            _NAMES,
             op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
-        )
-        return target.read_bytes()
-
-
-class _Calibration:
-    """What quantize_static reads its examples from: one."""
-
-    def __init__(self, problem: Encoder) -> None:
-        names = ("ids", "mask")
-        values = (tensor.numpy() for tensor in problem.data.inputs)
-        self._examples = iter([dict(zip(names, values, strict=True))])
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self._examples, None)
+        ).read_bytes()
 
 
 BUILDERS: dict[str, Callable[[Encoder], Contender]] = {

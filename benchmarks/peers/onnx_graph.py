@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own ops
 FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
@@ -43,3 +44,10 @@ def _values(shapes: Shapes) -> list[onnx.ValueInfoProto]:
         helper.make_tensor_value_info(name, element, list(dimensions))
         for name, (dimensions, element) in shapes.items()
     ]
+
+
+def asymmetric(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of uint8 over the range of x, as scalars."""
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    scale = (high - low) / 255
+    return np.array(scale, np.float32), np.array(round(-low / scale), np.uint8)

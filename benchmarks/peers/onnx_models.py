@@ -11,7 +11,7 @@ import onnx
 from onnx import helper
 from shapes import Product
 
-from peers.onnx_graph import FLOAT, serialized
+from peers.onnx_graph import FLOAT, asymmetric, serialized
 
 # What ONNX Runtime and OpenVINO of the last years read.
 _OPSET, _IR_VERSION = 17, 9
@@ -62,9 +62,7 @@ def weight_only(problem: Product) -> bytes:
 def static(problem: Product) -> bytes:
     """QDQ: the activation's range is known beforehand (here: of this very input, the best case)."""
     quantized, scale = quantized_weight(problem)
-    x = problem.data.x
-    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    x_scale = (high - low) / 255
+    x_scale, x_zero = asymmetric(problem.data.x)
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
         helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
@@ -74,8 +72,8 @@ def static(problem: Product) -> bytes:
     return _model(
         problem,
         nodes,
-        xs=np.array(x_scale, np.float32),
-        xz=np.array(round(-low / x_scale), np.uint8),
+        xs=x_scale,
+        xz=x_zero,
         q=quantized,
         s=scale,
         z=np.zeros(problem.n, np.int8),

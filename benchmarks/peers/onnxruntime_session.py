@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
 
 import onnxruntime
 from onnxruntime import OrtValue
@@ -27,7 +28,10 @@ def _create_shared_pool() -> None:
     onnxruntime.set_global_thread_pool_sizes(_POOL_THREADS, 1)
 
 
-def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
+def session(
+    model: bytes, threads: int, optimized: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """optimized: where to write the model that it makes of this one."""
     options = onnxruntime.SessionOptions()
     if threads == 1:
         if _create_shared_pool.cache_info().currsize:
@@ -39,6 +43,8 @@ def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     else:
         raise Unavailable(f"its pool is set up for {_POOL_THREADS} threads, not {threads}")
     options.inter_op_num_threads = 1
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -15,19 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from peers import Contender, Errors
 from peers.torch_eager import DTYPES
-
-
-def forward_backward(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
-) -> Callable[[], Sequence[Tensor]]:
-    """A training step's worth of `function`: the gradients of all its inputs."""
-    leaves = [t.clone().requires_grad_() for t in inputs]
-
-    def call() -> Sequence[Tensor]:
-        with torch.enable_grad():
-            return torch.autograd.grad(function(*leaves), leaves, grad)
-
-    return call
+from peers.training import forward_backward
 
 
 def attention_contender(

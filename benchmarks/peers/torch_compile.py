@@ -18,6 +18,12 @@ MAX_COMPILED_COPIES = 2
 
 def freeze(module: nn.Module, *inputs: torch.Tensor) -> Callable[[], torch.Tensor]:
     """The module bound to `inputs`, frozen and compiled for this thread count and shape."""
+    compiled = frozen(module, *inputs)
+    return lambda: compiled(*inputs)
+
+
+def frozen(module: nn.Module, *inputs: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The module frozen and compiled for this thread count and for inputs such as these."""
     import torch._dynamo
     import torch._inductor.config as inductor
 
@@ -25,10 +31,10 @@ def freeze(module: nn.Module, *inputs: torch.Tensor) -> Callable[[], torch.Tenso
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")
         with inductor.patch(freezing=True):
-            compiled = torch.compile(module, dynamic=False)
+            compiled: Callable[..., torch.Tensor] = torch.compile(module, dynamic=False)
             compiled(*inputs)
             compiled(*inputs)
-    return lambda: compiled(*inputs)
+    return compiled
 
 
 def linear_module(problem: Product, dtype: torch.dtype) -> nn.Linear:

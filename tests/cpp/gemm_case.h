@@ -141,6 +141,8 @@ inline void choose_c(Rng& rng, GemmCase& c) {
     g.bias = c.bias.data();
   }
   g.activation = rng.chance(2) ? Activation::none : static_cast<Activation>(rng.below(kActivationCount));
+  g.slope = 0.1f;
+  g.residual_first = rng.chance(2);
   if (rng.chance(2)) {
     g.residual_row = rng.chance(10) ? 0 : g.n + rng.below(3);
     c.residual = random_elements(rng, c.residual_dtype(), (g.m - 1) * g.residual_row + g.n);

@@ -53,7 +53,7 @@ void normal_tail_array(const float* x, float* y, int64_t n) {
 
 template <Activation A>
 void activate_with(const float* x, float* y, int64_t n) {
-  over(x, y, n, [](Vec v) { return activate<A>(v); });
+  over(x, y, n, [](Vec v) { return activate<A>(v, 0.1f); });
 }
 
 void activate_array(Activation a, const float* x, float* y, int64_t n) {
@@ -63,6 +63,9 @@ void activate_array(Activation a, const float* x, float* y, int64_t n) {
     case Activation::gelu_erf: return activate_with<Activation::gelu_erf>(x, y, n);
     case Activation::gelu_tanh: return activate_with<Activation::gelu_tanh>(x, y, n);
     case Activation::silu: return activate_with<Activation::silu>(x, y, n);
+    case Activation::relu6: return activate_with<Activation::relu6>(x, y, n);
+    case Activation::hardswish: return activate_with<Activation::hardswish>(x, y, n);
+    case Activation::leaky_relu: return activate_with<Activation::leaky_relu>(x, y, n);
   }
 }
 

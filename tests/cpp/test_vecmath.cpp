@@ -18,6 +18,9 @@ double exact_relu(double x) { return x > 0 ? x : 0; }
 double exact_gelu(double x) { return 0.5 * x * std::erfc(-x * std::sqrt(0.5)); }
 double exact_gelu_tanh(double x) { return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 double exact_silu(double x) { return x / (1 + std::exp(-x)); }
+double exact_relu6(double x) { return std::fmin(std::fmax(x, 0), 6); }
+double exact_hardswish(double x) { return x * std::fmin(std::fmax(x + 3, 0), 6) / 6; }
+double exact_leaky_relu(double x) { return x < 0 ? x * 0.1f : x; }
 
 // |y - exact| <= relative·|exact| + of_x·|x| + the spacing of subnormals, for low <= x <= high. The relative bounds of the
 // activations end where e^(large) rounds its exponent: there y is small, and bounded relative to x.
@@ -41,6 +44,9 @@ constexpr Bound kBounds[] = {
     {"gelu_tanh", exact_gelu_tanh, 0, 2e-7, -INFINITY, INFINITY, Activation::gelu_tanh},
     {"silu", exact_silu, 5e-7, 0, -88, INFINITY, Activation::silu},
     {"silu", exact_silu, 0, 2e-7, -INFINITY, INFINITY, Activation::silu},
+    {"relu6", exact_relu6, 0, 0, -INFINITY, INFINITY, Activation::relu6},
+    {"hardswish", exact_hardswish, 0, 2e-7, -INFINITY, INFINITY, Activation::hardswish},
+    {"leaky_relu", exact_leaky_relu, 1e-7, 0, -INFINITY, INFINITY, Activation::leaky_relu},
 };
 
 void evaluate(Isa isa, const Bound& f, const std::vector<float>& x, std::vector<float>& y) {

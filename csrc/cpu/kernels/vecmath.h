@@ -157,7 +157,7 @@ PBM_INLINE Vec normal_tail(Vec t) {
 
 // slope: of leaky_relu below 0.
 template <Activation A>
-PBM_INLINE Vec activate(Vec x, float slope = 0) {
+PBM_INLINE Vec activate(Vec x, float slope) {
   if constexpr (A == Activation::relu) {
     return vmax(zero(), x);  // NaN stays: the second operand is returned
   } else if constexpr (A == Activation::relu6) {

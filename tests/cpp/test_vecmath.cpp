@@ -45,7 +45,7 @@ constexpr Bound kBounds[] = {
     {"silu", exact_silu, 5e-7, 0, -88, INFINITY, Activation::silu},
     {"silu", exact_silu, 0, 2e-7, -INFINITY, INFINITY, Activation::silu},
     {"relu6", exact_relu6, 0, 0, -INFINITY, INFINITY, Activation::relu6},
-    {"hardswish", exact_hardswish, 0, 2e-7, -INFINITY, INFINITY, Activation::hardswish},
+    {"hardswish", exact_hardswish, 0, 2e-7, -3e38, 3e38, Activation::hardswish},
     {"leaky_relu", exact_leaky_relu, 1e-7, 0, -INFINITY, INFINITY, Activation::leaky_relu},
 };
 

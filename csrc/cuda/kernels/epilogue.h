@@ -16,6 +16,9 @@ PBM_HOST_DEVICE float activate(float x, Activation activation) {
     case Activation::gelu_erf: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
     case Activation::gelu_tanh: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
     case Activation::silu: return x / (1.0f + expf(-x));
+    case Activation::relu6:
+    case Activation::hardswish:
+    case Activation::leaky_relu: break;  // convolutions alone have these; check_activation refuses them
   }
   return x;
 }

@@ -104,7 +104,7 @@ inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f) {
     return false;
   const bool integers = g.flavour == Flavour::u8s8, bytes = g.c_dtype == DType::u8;
   f->out_type = operand_of(g.c_dtype);
-  if (f->out_type == Operand::none || (integers && f->out_type == Operand::bf16)) return false;
+  if (f->out_type == Operand::none || f->out_type == (integers ? Operand::bf16 : Operand::u8)) return false;
   f->out = g.c;
   f->out_row = g.c_row;
   f->bias = static_cast<const float*>(g.bias);

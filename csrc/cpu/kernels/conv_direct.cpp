@@ -336,9 +336,13 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   Output output(conv, grid, group);
   const Table where(conv, grid, group);
   TileSum sum(conv, grid, lanes, panel_bytes);
-  const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, panels.end - panels.begin);
-  // Taps whose weights stay in L2 while the rows of a block pass by.
-  const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width, 1), 1);
+  // For all panels, not for those of this call: the order of a sum at the border depends on the height of its tile, and
+  // must not depend on the number of threads.
+  const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, ceil_div(conv.out_rows.n, kPanel));
+  // Taps whose weights stay in L2 while the rows of a block pass by: whole chains, so that a sum does not depend on the
+  // width of its tile.
+  const int64_t chain = max64(sum_lanes(flavour) / max64(lanes, 1), 1);
+  const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width * chain, 1), 1) * chain;
   // What hides taps from a quantised image is its zero point, which the sums of the weights count on. Narrow images share
   // a tile with the next one: the order of a pixel's sum would depend on where the tile begins.
   const bool may_skip = flavour != Flavour::u8s8 && tiling.unit > 1;

@@ -158,7 +158,7 @@ inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f, FinishAt* at) 
     return false;
   const bool integers = g.flavour == Flavour::u8s8, bytes = g.c_dtype == DType::u8;
   f->out_type = operand_of(g.c_dtype);
-  if (f->out_type == Operand::none || (integers && f->out_type == Operand::bf16)) return false;
+  if (f->out_type == Operand::none || f->out_type == (integers ? Operand::bf16 : Operand::u8)) return false;
   f->out_row = g.c_row;
   f->residual_row = g.residual_row;
   f->residual_type = bytes ? Operand::f32 : f->out_type;

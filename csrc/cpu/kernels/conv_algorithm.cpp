@@ -31,20 +31,22 @@ ConvAlgorithm choose_conv(const ConvShape& s, Flavour flavour, bool exact, bool 
   if (s.c < 16 && s.kernel[2] > 1 && conv_admits(s, flavour, ConvAlgorithm::direct_rows))
     return ConvAlgorithm::direct_rows;
   if (exact || s.c < 16 || s.n < 16 || !conv_admits(s, flavour, ConvAlgorithm::winograd4)) return ConvAlgorithm::direct;
-  // In multiply-adds: products, transforms, and the weights, which come from L3 or from memory.
+  // In multiply-adds: products, transforms, and the weights, which in a network of more than a few layers come from
+  // memory: one takes as long there as 26 multiply-adds (261 GFLOP/s a core, two cores at 40 GB/s).
   struct Cost {
     ConvAlgorithm algorithm;
     int64_t m;
   };
+  constexpr double kFromMemory = 26;
   const double weights = static_cast<double>(s.c * s.n);
   ConvAlgorithm best = ConvAlgorithm::direct;
-  double least = static_cast<double>(s.pixels()) * 9 * weights + 9 * weights * 4;
+  double least = static_cast<double>(s.pixels()) * 9 * weights + 9 * weights * kFromMemory;
   for (const Cost c : {Cost{ConvAlgorithm::winograd2, 2}, Cost{ConvAlgorithm::winograd4, 4}}) {
     const int64_t tiles = s.batch * ceil_div(s.out(1), c.m) * ceil_div(s.out(2), c.m), places = (c.m + 2) * (c.m + 2);
     const double t = static_cast<double>(tiles * places);
     // Transforms: about 12 operations a value in, 10 out, each as dear as a multiply-add of a whole register.
     const double transforms = t * static_cast<double>(12 * s.c + 10 * s.n);
-    const double reading = static_cast<double>(places) * weights * (places * s.c * s.n * 4 > (24 << 20) ? 32 : 4);
+    const double reading = static_cast<double>(places) * weights * kFromMemory;
     const double cost = t * weights + transforms * 4 + reading;
     if (cost < least) {
       least = cost;

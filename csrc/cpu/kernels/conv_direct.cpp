@@ -330,6 +330,7 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
                                         "conv_direct_u8s8." PBM_TIER_NAME};
   const Flavour flavour = conv.out_rows.flavour;
   note_kernel(kNames[static_cast<int>(flavour)]);
+  if (rows.begin >= rows.end || panels.begin >= panels.end) return;
   const int64_t lanes = panel_groups(conv.c, flavour), taps = grid.tap_count, tap_bytes = lanes * kGroupBytes;
   const int64_t panel_bytes = conv.taps * tap_bytes + (flavour == Flavour::u8s8 ? kGroupBytes : 0);
   const char* weight = static_cast<const char*>(conv.weight) + group * ceil_div(conv.out_rows.n, kPanel) * panel_bytes;
@@ -352,14 +353,19 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   const bool at_once = output.finish() && sum.is_one_piece() && taps_at_once >= taps && all_bytes <= kShortWeights;
   const int64_t distance = where.distance();
 
-  for (int64_t r0 = rows.begin; r0 < rows.end;) {
-    const int64_t left = ceil_div(rows.end - r0, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
-    const int64_t count = min64(ceil_div(left, ceil_div(left, fit)) * tiling.unit, rows.end - r0);
-    const size_t row_bytes = static_cast<size_t>(taps) * sizeof(char*) + sizeof(Cut) + 1;
-    const char** table =
-        static_cast<const char**>(scratch(ScratchSlot::a_rows, static_cast<size_t>(count) * row_bytes));
-    Cut* cuts = reinterpret_cast<Cut*>(table + taps * count);
-    bool* whole = reinterpret_cast<bool*>(cuts + count);
+  const auto block_rows = [&](int64_t left) {  // equal parts of what is left
+    const int64_t units = ceil_div(left, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
+    return min64(even(units, fit) * tiling.unit, left);
+  };
+  const int64_t most = block_rows(rows.end - rows.begin);
+  const size_t row_bytes = static_cast<size_t>(taps) * sizeof(char*) + sizeof(Cut) + 1;
+  const char** table = static_cast<const char**>(scratch(ScratchSlot::a_rows, static_cast<size_t>(most) * row_bytes));
+  Cut* cuts = reinterpret_cast<Cut*>(table + taps * most);
+  bool* whole = reinterpret_cast<bool*>(cuts + most);
+  char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(most * tiling.width) * 64));
+
+  for (int64_t r0 = rows.begin, count; r0 < rows.end; r0 += count) {
+    count = block_rows(rows.end - r0);
     // Where all rows lie at one distance the first block's table serves the others.
     const bool made = distance != 0 && r0 > rows.begin;
     if (!made) where.make({r0, r0 + count}, table, whole);
@@ -367,7 +373,6 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
     const int64_t tiles = cut_rows(tiling, count, whole, cuts);
     bool all_inside = taps > 0;
     for (int64_t i = 0; i < tiles; i++) all_inside = all_inside && (cuts[i].inside || !may_skip);
-    char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(count * tiling.width) * 64));
     for (int64_t j = panels.begin, width, repeats; j < panels.end; j += width * repeats) {
       width = even(panels.end - j, tiling.width);
       repeats = 1;
@@ -397,7 +402,6 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
         }
       }
     }
-    r0 += count;
   }
 }
 

@@ -3,8 +3,11 @@ renamed it: slower or less informed, never wrong, and no failure to import."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -78,6 +81,39 @@ else:
     traced_types = (FakeTensor, FunctionalTensor)
 
 
+# What Dynamo writes for F.pad.
+torch_pad: Any = getattr(getattr(torch._C, "_nn", None), "pad", torch.nn.functional.pad)
+
+
+# Ops with a schema, and those that take functions: unknown, a target is judged by its name.
+_torch_ops = getattr(torch, "_ops", None)
+OpOverload: Any = getattr(_torch_ops, "OpOverload", type(None))
+HigherOrderOperator: Any = getattr(_torch_ops, "HigherOrderOperator", type(None))
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """What is the same of fake tensors that share memory; None of subclasses that have none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return None
+
+
+def fake_mode_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The mode that a fake tensor belongs to: what is computed within is not computed."""
+    mode: AbstractContextManager[Any] = getattr(tensor, "fake_mode", None) or nullcontext()
+    return mode
+
+
+def size_hint(size: Any, unknown: int = 32) -> int:
+    """What a symbolic size was when it was traced, without a guard that it stays so."""
+    if isinstance(size, int):
+        return size
+    node = getattr(size, "node", None)
+    known = getattr(node, "has_hint", lambda: False)()
+    return int(node.hint) if node is not None and known else unknown
+
+
 def composite_kernel(op: Any) -> Callable[..., Any]:
     """What torch registered for a composite op, under whatever was registered above it since."""
     try:
@@ -87,6 +123,12 @@ def composite_kernel(op: Any) -> Callable[..., Any]:
         kernel: Callable[..., Any] = op.decompose
         return kernel
     return lambda *args, **kwargs: op._op_dk(key, *args, **kwargs)
+
+
+def forget_kernels(op: Any) -> None:
+    """Of an op whose kernels have just changed: Python's part of the dispatcher remembers which one
+    it took when it was last traced."""
+    getattr(op, "_dispatch_cache", {}).clear()
 
 
 def tag_compile_caches(tag: str) -> None:
@@ -208,3 +250,47 @@ def below_autograd(op: Any, *args: Any) -> Any:
     """The op without its autograd: half the time of a small call that records nothing."""
     with _below_autograd():
         return op(*args)
+
+
+# --- torch.compile's backends ---------------------------------------------------------------------
+
+_DYNAMO = "torch._dynamo.backends.registry"
+
+
+def when_dynamo_is_there(name: str, backend: Callable[..., Any]) -> None:
+    """Register a backend of torch.compile: now, or as soon as the compiler is imported, which takes
+    a second."""
+    if _DYNAMO in sys.modules:
+        _register_backend(name, backend)
+    else:
+        sys.meta_path.insert(0, _AtImport(name, backend))
+
+
+def _register_backend(name: str, backend: Callable[..., Any]) -> None:
+    registry: Any = sys.modules[_DYNAMO]
+    # An entry point that torch has found may be what imports this, and torch registers it then.
+    found = getattr(registry, "_BACKENDS", {}).get(name)
+    if found is None and name not in getattr(registry, "_COMPILER_FNS", {}):
+        registry.register_backend(backend, name=name)
+
+
+class _AtImport(MetaPathFinder):
+    """Finds nothing, but has the registry's loader register the backend."""
+
+    def __init__(self, name: str, backend: Callable[..., Any]) -> None:
+        self._of = name, backend
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != _DYNAMO:
+            return None
+        sys.meta_path.remove(self)  # and find it as everybody does
+        spec = find_spec(fullname)
+        load = getattr(getattr(spec, "loader", None), "exec_module", None)
+        if load is not None:
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                _register_backend(*self._of)
+
+            spec.loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
+        return spec

@@ -95,6 +95,12 @@ def test_metadata() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
+@pytest.mark.skipif(not INSTALLED, reason="a source tree has no metadata")
+def test_torch_compile_finds_the_backend() -> None:
+    (found,) = metadata.entry_points(group="torch_dynamo_backends", name="pybigmodel")
+    assert found.load() is pybigmodel.integrations.torch_compile.backend
+
+
 @pytest.mark.skipif(not INSTALLED, reason="the source tree has sources")
 def test_no_sources_in_the_wheel() -> None:
     allowed = {".py", ".pyi", ".so", ".typed", ".pyc"}

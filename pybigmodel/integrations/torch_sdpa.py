@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pybigmodel._torch_private import (
     composite_kernel,
+    forget_kernels,
     outside_of_graphs,
     tag_compile_caches,
     traced_types,
@@ -73,6 +74,7 @@ class _Kernels:
             self.registered = None
             if self._contexts == 0:
                 self._library = None  # its end takes the kernels back
+                forget_kernels(_sdpa)
 
     def _install(self) -> None:
         if self._library is None:
@@ -81,6 +83,7 @@ class _Kernels:
             for key in ("AutogradCPU", "CPU"):
                 library.impl(_sdpa, _kernel, key)
             self._library = library
+            forget_kernels(_sdpa)
 
 
 _kernels = _Kernels()

@@ -111,7 +111,7 @@ class Chain:
             folded = self._folded = Folded(sources, norm.eps)
         found = folded.copies.get(key)
         if found is None:
-            found = folded.copies[key] = _packed_fold(sources, folded.eps, key)
+            found = folded.copies[key] = packed_fold(sources, folded.eps, key)
         return found
 
 
@@ -125,7 +125,8 @@ class Folded:
         self.copies: dict[ConvKey, tuple[Tensor, Tensor]] = {}
 
 
-def _packed_fold(sources: tuple[Any, ...], eps: float, key: ConvKey) -> tuple[Tensor, Tensor]:
+def packed_fold(sources: tuple[Any, ...], eps: float, key: ConvKey) -> tuple[Tensor, Tensor]:
+    """Of the tensors that `fold` takes: the packed weight and the bias."""
     # Outside inference mode: the copy outlives this call and is used in any mode.
     with torch.inference_mode(False), torch.no_grad():
         weight, bias = fold(*sources, eps=eps)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -133,41 +133,72 @@ class Packed:
         return _not_packed, ()
 
 
-class Sources:
-    """Several tensors, as they were: what a copy was made from that is kept elsewhere.
+class Marks:
+    """Several tensors, as they were, without a reference to them.
 
-    The first may have any shape; the others are vectors or None. All are held, so that each is
-    known by its identity; a step of an optimizer counts for a change, as it does above.
+    Shapes and strides are not among the marks. Who keeps these must drop them when the memory of
+    one is freed: another tensor could appear in its place.
     """
 
-    __slots__ = (
-        *("_addresses", "_bits", "_first", "_samples", "_steps", "_tensors", "_there"),
-        "_versions",
-    )
+    __slots__ = ("_addresses", "_bits", "_ids", "_samples", "_steps", "_versions")
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._ids = list(map(id, tensors))
+        self._steps = _steps
+        self._versions = list(map(_version, tensors))
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._samples = list(map(_sample, tensors))
+        self._bits = list(map(_copy_of, self._samples))
+
+    def are_of(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the same, and as they were; a step of an optimizer counts for a change,
+        as it does above."""
+        return list(map(id, tensors)) == self._ids and self._stand(tensors)
+
+    def _stand(self, tensors: list[Tensor]) -> bool:
+        return (
+            self._steps == _steps
+            and list(map(_version, tensors)) == self._versions
+            # Before the samples: they read these addresses.
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and self._samples == self._bits
+        )
+
+    def differing(self, other: Marks) -> list[int]:
+        """Which tensors are others than in earlier marks, or not as they were."""
+        if self._steps != other._steps:
+            return list(range(len(self._ids)))
+        return [
+            i
+            for i, (one, was) in enumerate(zip(self._each(), other._each(), strict=True))
+            if one != was
+        ]
+
+    def _each(self) -> Iterator[tuple[Any, ...]]:
+        return zip(self._ids, self._versions, self._addresses, self._bits, strict=True)
+
+
+class Sources(Marks):
+    """What a copy was made from that is kept elsewhere.
+
+    The first may have any shape; the others are vectors or None. All are held, so that each is
+    known by its identity.
+    """
+
+    __slots__ = ("_first", "_tensors", "_there")
 
     def __init__(self, tensors: tuple[Tensor | None, ...]) -> None:
         self._tensors = tensors
         self._there = there = [tensor for tensor in tensors if tensor is not None]
         self._first = there[0].shape, there[0].stride()
-        self._steps = _steps
-        self._versions = list(map(_version, there))
-        self._addresses = list(map(Tensor.data_ptr, there))
-        self._samples = list(map(_sample, there))
-        self._bits = list(map(_copy_of, self._samples))
+        super().__init__(there)
 
     def are_current(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether these are the same, and as they were."""
-        if not all(map(operator.is_, tensors, self._tensors)) or self._steps != _steps:
+        if not all(map(operator.is_, tensors, self._tensors)):
             return False
         there, (shape, stride) = self._there, self._first
-        return (
-            list(map(_version, there)) == self._versions
-            and there[0].shape == shape
-            and there[0].stride() == stride
-            # Before the samples: they read these addresses.
-            and list(map(Tensor.data_ptr, there)) == self._addresses
-            and self._samples == self._bits
-        )
+        return there[0].shape == shape and there[0].stride() == stride and self._stand(there)
 
 
 def _sample(weight: Tensor) -> memoryview:
@@ -195,6 +226,8 @@ _version = operator.attrgetter("_version")
 NOT_PACKED = Packed()
 _steps = 0  # of all optimizers
 _entries: dict[int, Packed] = {}  # by id of the Parameter; tied layers find the same entry
+# Who keeps copies elsewhere and is told what to forget.
+_keepers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _not_packed() -> Packed:
@@ -227,7 +260,7 @@ def packed_for(weight: Tensor, key: Key) -> tuple[Packed, Tensor]:
     entry = watched(weight)
     copy = entry.copies.get(key)
     if copy is None:
-        entry.copies[key] = copy = _pack(weight, key)
+        entry.copies[key] = copy = pack(weight, key)
     return entry, copy
 
 
@@ -259,7 +292,8 @@ def packed_rows(weight: Tensor, key: int, start: int = 0, stop: int | None = Non
     return whole[start // check.PANEL : check.ceil_div(stop, check.PANEL)]
 
 
-def _pack(weight: Tensor, key: Key) -> Tensor:
+def pack(weight: Tensor, key: Key) -> Tensor:
+    """The copy of this key, which nobody keeps."""
     # Outside inference mode: the copy outlives this call and is used in any mode.
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(key, ConvKey):
@@ -283,6 +317,13 @@ def forget(weight: Tensor | None) -> None:
     entry = _entries.pop(id(weight), None)
     if entry is not None:
         entry.discard()
+    for keeper in list(_keepers):
+        keeper.forget(id(weight))
+
+
+def tell_what_to_forget(keeper: Any) -> None:
+    """Have `keeper.forget(id of the weight)` called where copies are dropped by hand."""
+    _keepers.add(keeper)
 
 
 def _after_optimizer_step(
@@ -337,7 +378,7 @@ def linear_as_packed(
         if cacheable(weight):
             copy = packed_rows(weight, precision, start, stop)
         else:
-            copy = _pack(weight[start:stop], precision)
+            copy = pack(weight[start:stop], precision)
         y = _linear_packed(input, copy, rows_of(weight, start, stop), bias, None, 0)
     return y
 

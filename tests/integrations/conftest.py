@@ -41,3 +41,20 @@ def left() -> Callable[[], dict[str, int]]:
         }
 
     return since
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that torch.compile(backend="pybigmodel") hands to inductor, in whose place
+    aot_eager runs them: with the fake kernels, without minutes of generated C++."""
+    import torch._inductor as inductor
+
+    torch._dynamo.reset()
+    found = []
+
+    def compile(module: Any, inputs: Any, options: Any = None) -> Any:
+        found.append(module.graph)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    monkeypatch.setattr(inductor, "compile", compile)
+    return found

@@ -304,6 +304,36 @@ def test_caches_on_disk_know_whose_attention_they_hold(tmp_path) -> None:
     assert found == ["torch", "attention", "torch"]
 
 
+TRACED_BEFORE = """
+import torch
+import pybigmodel as pbm
+from pybigmodel import _native
+
+def f(x):
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+x = torch.ones(1, 2, 64, 16)
+torch.compile(f, backend="aot_eager")(x)
+torch._dynamo.reset()
+compiled = torch.compile(f, backend="aot_eager")
+with pbm.sdpa():  # the first of the process
+    compiled(x)
+print(_native.last_kernel().partition("_")[0])
+torch._dynamo.reset()
+pbm.ops.linear(torch.ones(1, 2), torch.ones(3, 2))
+compiled(x)
+print(_native.last_kernel().partition("_")[0])
+"""
+
+
+def test_what_was_compiled_before_the_first_context_does_not_stay() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRACED_BEFORE], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["attention", "gemm"]
+
+
 def test_exported_program(x: Tensor, ours) -> None:
     class Causal(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

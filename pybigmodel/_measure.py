@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,12 +16,14 @@ from pybigmodel import _native
 from pybigmodel._console import OtherLoad
 from pybigmodel._swap import with_inner
 from pybigmodel.nn.conv import CONVOLUTIONS
+from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS
 from pybigmodel.testing.timers import interleave
 
 # Several shapes of one layer are timed (a decoder's prefill and steps, say), but not every length.
 MAX_SHAPES = 3
 ROUNDS, MORE_ROUNDS = 5, 12  # MORE where the first leave doubt
 
+_INT8: tuple[type[nn.Module], ...] = tuple(INT8_CONVOLUTIONS.values())
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -46,8 +48,10 @@ class Trial:
         return self.seconds[0] / self.seconds[1]
 
 
-def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial]) -> None:
+def run_trials(model: nn.Module, example_inputs: Any, trials: Collection[Trial]) -> None:
     """Run the model once in eval mode, without gradients; try each candidate where it is called.
+
+    Int8 convolutions get the range of all the inputs that they are tried on.
 
     In the middle of the run: so no layer's input has to be kept until the others are done.
     """
@@ -58,10 +62,10 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
     hooks = []
     load = OtherLoad()
     try:
-        for trial in trials.values():
+        for trial in trials:
             hooks.append(_try_when_called(trial, known, given))
         with ExitStack() as modes:
-            for module in (model, *(trial.candidate for trial in trials.values())):
+            for module in (model, *(trial.candidate for trial in trials)):
                 modes.enter_context(eval_mode(module))
             # Where a transformer layer has a hook, torch's fast path around it would hand it a
             # nested tensor, which only the layer's own fast path takes.
@@ -72,7 +76,7 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
         for hook in hooks:
             hook.remove()
     cores = load.cores()
-    for trial in trials.values():
+    for trial in trials:
         trial.other_load = cores
         if trial.compared is False and trial.failure is None:
             trial.failure = "nothing finite and non-zero to compare on example_inputs"
@@ -148,6 +152,9 @@ def _compare(trial: Trial, arguments: Arguments) -> None:
     args, kwargs = arguments
     expected = _tensors(trial.original.forward(*args, **kwargs))
     try:
+        if isinstance(trial.candidate, _INT8):
+            layer: Any = trial.candidate
+            layer.calibrate(args[0] if args else kwargs["input"])
         got = _tensors(trial.candidate.forward(*args, **kwargs))
     except Exception as problem:  # a layer that cannot be replaced is not the end of the others
         trial.failure = f"the replacement fails on example_inputs: {problem}"

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pybigmodel._choose import MAX_ERROR, choose, dtype_of
 from pybigmodel._fuse import Fused, Taken, taken_in
-from pybigmodel._measure import Trial, run_once, run_trials, split_inputs
+from pybigmodel._measure import Trial, run_once, split_inputs
 from pybigmodel._report import Report, Row, log, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
 from pybigmodel._swap import (
-    OUR_CONVOLUTIONS,
+    OUR_INT8,
     become,
     float_precision,
     is_swapped,
-    replacement,
     revert,
     take_in,
     weight_bytes,
@@ -26,13 +26,11 @@ from pybigmodel._swap import (
     why_not_reverted,
 )
 from pybigmodel.nn import Int8Linear
+from pybigmodel.nn._int8_layer import Int8Layer
 from pybigmodel.nn.conv import CONVOLUTIONS
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Relative errors of a layer's output on example_inputs, above which something is wrong with the
-# replacement (fp32, bf16) or the layer does not bear int8: rounding alone gives 1e-6, 4e-3, 1e-2.
-MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "int8": 1e-1}
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(CONVOLUTIONS)
 
 _REPORT = "_pybigmodel_report"
 
@@ -108,29 +106,17 @@ def optimize(
         model = _copied(model)
     before = {row.path: row for row in _known_rows(model)}
     found = candidates(model, precision, include, exclude)
-    news, refused = _replacements(found, precision, exact, channels_last)
-    trials = {
-        candidate.path: Trial(candidate.module, news[candidate.module])
-        for candidate in found
-        if candidate.module in news and candidate.units == (candidate.path,)
-    }
-    if example_inputs is not None:
-        run_trials(model, example_inputs, trials)
-        rejected = {
-            path: reason
-            for path, trial in trials.items()
-            if (reason := _why_rejected(trial, precision)) is not None
-        }
-        refused |= rejected | _with_their_units(found, rejected)
+    choices = choose(model, found, precision, example_inputs, exact, channels_last)
     rows = []
     for candidate in found:
-        path, trial = candidate.path, trials.get(candidate.path)
-        left = candidate.left or refused.get(path)
+        path = candidate.path
+        left = candidate.left or choices.left.get(path)
         if left is not None and path in before and before[path].replaced_by is not None:
             rows.append(_kept(before[path], candidate, precision))
         else:
-            new = news.get(candidate.module)
-            rows.append(_finish(candidate, new, trial, left, precision, keep_original))
+            new, trial = choices.news.get(candidate.module), choices.trials.get(path)
+            row = _finish(candidate, new, trial, left, precision, keep_original)
+            rows.append(replace(row, in_float=None if left else choices.in_float.get(path)))
     rows = _with_what_follows(model, found, rows)
     if example_inputs is not None:
         _check_layouts(model, example_inputs)
@@ -227,65 +213,21 @@ def _rows_of_reports(model: nn.Module) -> list[Row]:
     return rows
 
 
-def _replacements(
-    found: list[Candidate], precision: str, exact: bool, channels_last: bool
-) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
-    """What each layer would become, and the reasons of those that turn out not to."""
-    news: dict[nn.Module, nn.Module] = {}
-    refused = {}
-    for candidate in reversed(found):  # what a layer contains before the layer
-        if candidate.left is None:
-            try:
-                news[candidate.module] = replacement(
-                    candidate.module, precision, news, exact, channels_last
-                )
-            except ValueError as error:  # NaN or infinity in a weight to be quantised
-                refused[candidate.path] = str(error)
-    return news, refused
-
-
-def _with_their_units(found: list[Candidate], rejected: dict[str, str]) -> dict[str, str]:
-    """Layers stay with what contains them, which may call them in another way."""
-    return {
-        candidate.path: f"part of {unit or 'the model'}, which stays"
-        for candidate in found
-        for unit in candidate.units
-        if unit in rejected and unit != candidate.path
-    }
-
-
-def _why_rejected(trial: Trial, precision: str) -> str | None:
-    if trial.failure is not None:
-        return trial.failure
-    if not trial.shapes:
-        return "not called on example_inputs"
-    low = _dtype_of(trial.original) in (torch.bfloat16, torch.float16)
-    bound = MAX_ERROR["bf16" if low and precision == "fp32" else precision]
-    if not trial.error <= bound:
-        return f"its error on example_inputs is {trial.error:.1e}, above {bound:.0e}"
-    if trial.speedup <= 1:
-        return f"not faster on example_inputs: {trial.speedup:.2f}×"
-    return None
-
-
 def _kept(row: Row, candidate: Candidate, precision: str) -> Row:
     """The row of a layer that an earlier call replaced; why it is not for this precision, if so."""
-    left = None
-    if candidate.selected and row.precision != _products(candidate.module, precision):
+    left, precision = None, _precision_of(candidate.module, precision)
+    if row.in_float is None and candidate.in_float is not None:
+        precision = _precision_of(candidate.module, float_precision(precision))
+    if candidate.selected and row.in_float is None and row.precision != precision:
         left = f"in {row.precision} since an earlier call; pbm.restore it to have {precision}"
     return replace(row, left=left)
 
 
-def _products(module: nn.Module, precision: str) -> str:
-    """What the products are computed in: bf16 weights always take bf16's, attention and
-    convolutions never int8."""
-    if isinstance(module, (nn.MultiheadAttention, *CONVOLUTIONS)):
+def _precision_of(module: nn.Module, precision: str) -> str:
+    """What the products are computed in: bf16 weights always take bf16's, attention never int8."""
+    if isinstance(module, nn.MultiheadAttention):
         precision = float_precision(precision)
-    return "bf16" if precision == "fp32" and _dtype_of(module) == torch.bfloat16 else precision
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    return next((parameter.dtype for parameter in module.parameters()), None)
+    return "bf16" if precision == "fp32" and dtype_of(module) == torch.bfloat16 else precision
 
 
 def _finish(
@@ -300,7 +242,9 @@ def _finish(
     module = candidate.module
     before = sum(weight.numel() * weight.element_size() for weight in weights_of(module))
     layer = _describe(module)
-    precision = _products(module, precision)
+    if isinstance(module, _CONVOLUTIONS) and not isinstance(new, Int8Layer):
+        precision = float_precision(precision)
+    precision = _precision_of(module, precision)
     measured: dict[str, Any] = {}
     if trial is not None and trial.shapes:
         measured = {
@@ -359,8 +303,8 @@ def _check_layouts(model: nn.Module, example_inputs: Any) -> None:
         except RuntimeError as error:
             log.warning("optimize: convolutions leave layouts as they are, since: %s", error)
             for layer in turned:
-                assert isinstance(layer, OUR_CONVOLUTIONS)
-                layer.keep_layout()
+                turning: Any = layer
+                turning.keep_layout()
             run_once(model, example_inputs)
 
 
@@ -368,7 +312,7 @@ def _describe(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.Linear | Int8Linear):
         return f"{name}({module.in_features}, {module.out_features})"
-    if isinstance(module, tuple(CONVOLUTIONS)):
+    if isinstance(module, (*_CONVOLUTIONS, *OUR_INT8)):
         return _describe_convolution(name, module)
     if isinstance(module, nn.MultiheadAttention):
         return f"{name}({module.embed_dim}, {module.num_heads} heads)"

@@ -189,3 +189,14 @@ def pad_in_mode(layer: nn.Module, input: Tensor) -> Tensor:
     """What comes before a convolution whose padding_mode is not "zeros"."""
     padding = layer._reversed_padding_repeated_twice
     return nn.functional.pad(input, padding, mode=layer.padding_mode)  # type: ignore[arg-type]
+
+
+NORMS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+
+
+def is_norm(module: Any, layer: Any) -> bool:
+    """Whether it is a BatchNorm that can be folded into the convolution."""
+    return (
+        NORMS.get(type(module)) == len(layer.kernel_size) + 2
+        and module.num_features == layer.out_channels
+    )

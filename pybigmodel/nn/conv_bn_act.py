@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pybigmodel.nn._conv_chain import convolved, is_norm
+from pybigmodel.nn._conv_chain import convolved
+from pybigmodel.nn._conv_plan import is_norm
 from pybigmodel.nn.conv import CONVOLUTIONS, Conv1d, Conv2d, Conv3d
 
 

@@ -23,9 +23,9 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("conv_transpose(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, int precision, bool channels_last) -> Tensor");
   m.def("conv_transpose_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int precision, bool channels_last, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
-  // --- int8 convolution: act(weight_scale·input_scale·Σ(q − zero_point)·w + bias + residual). window: kernel, stride, padding before and after, dilation, axis by axis; a scale of 0: dynamic input, float output
-  m.def("pack_int8_conv_weight(Tensor weight, int groups, int algorithm) -> Tensor");
-  m.def("int8_conv(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int[] window, int groups, int activation, float slope, float input_scale, int input_zero_point, float residual_scale, int residual_zero_point, float output_scale, int output_zero_point, int algorithm, bool channels_last) -> Tensor");
+  // --- int8 convolution: act(w_scale·x_scale·Σ(q − zero_point)·w + bias + residual); window: kernel, stride, padding before and after, dilation, axis by axis; a scale of 0: of the input, one is found; of residual and output, these are float
+  m.def("pack_int8_conv_weight(Tensor weight, int groups) -> Tensor");
+  m.def("int8_conv(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int[] window, int groups, int activation, float slope, float input_scale, int input_zero_point, float residual_scale, int residual_zero_point, float output_scale, int output_zero_point, bool channels_last) -> Tensor");
 
   // --- attention: softmax(scale·q·kᵀ + …)·v, its log-sum-exp, and the rows' maxima and sums for backward. window: negative is unbounded; precision: 0 fp32, 1 bf16
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool for_backward) -> (Tensor, Tensor, Tensor)");

@@ -19,22 +19,9 @@ Tensor conv(const Tensor& input, const Tensor& weight, const std::optional<Tenso
 Tensor pack_conv_weight(const Tensor& weight, int64_t groups, int64_t precision, int64_t algorithm) {
   const char* op = "pack_conv_weight";
   check_float(op, "weight", weight);
-  STD_TORCH_CHECK(weight.dim() >= 3 && weight.dim() <= 5, op,
-                  ": weight must have 3, 4 or 5 dimensions (out_channels, in_channels of a group, kernel…), got shape ",
-                  shape_of(weight));
-  STD_TORCH_CHECK(groups >= 1 && weight.size(0) % groups == 0, op, ": groups must divide the ", weight.size(0),
-                  " output channels, got ", groups);
+  const ConvShape s = shape_of_weight(op, weight, groups);
   STD_TORCH_CHECK(algorithm > 0 && algorithm < kConvAlgorithmCount, op, ": algorithm must be in [1, ",
                   kConvAlgorithmCount, "), got ", algorithm);
-  ConvShape s{};
-  s.groups = groups;
-  s.n = weight.size(0) / groups;
-  s.c = weight.size(1);
-  for (int i = 0; i < 3; i++) {
-    const int64_t axis = axis_of(weight.dim(), i);
-    s.kernel[i] = axis < 0 ? 1 : weight.size(axis);
-    s.stride[i] = s.dilation[i] = s.in[i] = 1;
-  }
   const Flavour flavour = flavour_of(op, weight, precision);
   const auto chosen = static_cast<ConvAlgorithm>(algorithm);
   STD_TORCH_CHECK(conv_admits(s, flavour, chosen), op, ": algorithm ", algorithm, " takes no weight of shape ",
@@ -49,14 +36,12 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed_weight, int64_t out
   const char* op = "conv_packed";
   check_float(op, "input", input);
   check_image(op, input);
-  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0, op, ": groups must divide the ", input.size(1),
-                  " channels of input, got ", groups);
+  check_groups(op, input, groups);
   STD_TORCH_CHECK(out_channels >= 0, op, ": out_channels must be at least 0, got ", out_channels);
   const ConvGeometry g{stride, padding, dilation, groups};
   const ConvShape s = shape_for(op, input, out_channels, input.size(1) / groups, kernel_size, g);
   check_bias(op, bias, out_channels, input);
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivationCount, op, ": activation must be in [0, ",
-                  kActivationCount, "), got ", activation);
+  check_conv_activation(op, activation);
   const ScalarType packed = packed_weight.scalar_type();
   STD_TORCH_CHECK(packed == ScalarType::Float || packed == ScalarType::BFloat16, op,
                   ": packed_weight must be float32 or bfloat16, as pack_conv_weight makes it, got ",
@@ -74,12 +59,7 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed_weight, int64_t out
   if (residual) {
     check_dtype(op, "residual", *residual, input.scalar_type());
     check_same_device(op, "residual", *residual, input);
-    bool fits = residual->dim() == input.dim() && residual->size(0) == s.batch && residual->size(1) == out_channels;
-    for (int i = 0; fits && i < 3; i++)
-      fits = axis_of(input.dim(), i) < 0 || residual->size(axis_of(input.dim(), i)) == s.out(i);
-    STD_TORCH_CHECK(fits, op, ": residual must have the output's shape, ", out_channels,
-                    " channels and spatial sizes (d, h, w) ", s.out(0), ", ", s.out(1), ", ", s.out(2), "; got ",
-                    shape_of(*residual));
+    check_conv_output(op, "residual", *residual, s, input.dim());
   }
   return run_conv(input, s, flavour, chosen, packed_weight, {bias, residual, activation, slope}, channels_last);
 }

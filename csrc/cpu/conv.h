@@ -27,6 +27,12 @@ void check_geometry(const char* op, int64_t axes, const Ints& kernel, const Conv
 // The convolution of an input (N, groups·c, …) with n_all filters of these sizes.
 ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t c, const Ints& kernel,
                     const ConvGeometry& g);
+// Of its channels and kernel alone; all else is 1 or 0.
+ConvShape shape_of_weight(const char* op, const Tensor& weight, int64_t groups);
+void check_groups(const char* op, const Tensor& input, int64_t groups);
+void check_conv_activation(const char* op, int64_t activation);
+// A residual, or a gradient of the output.
+void check_conv_output(const char* op, const char* name, const Tensor& t, const ConvShape& s, int64_t dim);
 Flavour flavour_of(const char* op, const Tensor& input, int64_t precision);
 ConvAlgorithm algorithm_of(const char* op, const ConvShape& shape, Flavour flavour, int64_t value, bool planes);
 
@@ -53,7 +59,14 @@ inline Strides strides_of(const Tensor& t) {
 }
 
 inline ScalarType scalar_of(DType t) {
-  return t == DType::f32 ? ScalarType::Float : t == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+  switch (t) {
+    case DType::bf16: return ScalarType::BFloat16;
+    case DType::f16: return ScalarType::Half;
+    case DType::u8: return ScalarType::Byte;
+    case DType::s8: return ScalarType::Char;
+    case DType::s32: return ScalarType::Int;
+    default: return ScalarType::Float;
+  }
 }
 
 // --- images: conv_images.cpp
@@ -98,6 +111,12 @@ struct ConvEpilogue {
   double slope = 0;
 };
 
+// What an epilogue reads, kept alive; residuals are images of `size`.
+struct EpilogueImages {
+  Tensor bias;
+  ImageView residual;
+};
+EpilogueImages set_epilogue(Gemm* g, const ConvEpilogue& epilogue, const int64_t (&size)[3]);
 // Without weight, output and epilogue; the input with contiguous rows of pixels.
 ConvPlanes planes_of(const ConvShape& shape, const Tensor& input);
 Tensor in_planes(const Tensor& t);

@@ -1,7 +1,7 @@
+#include "cpu/conv_run.h"
+
 #include <cstring>
 #include <memory>
-
-#include "cpu/conv.h"
 
 namespace pbm {
 namespace {
@@ -28,6 +28,8 @@ void over_groups(int64_t groups, Grid grid, int64_t rows, int64_t unit, int64_t 
     }
   });
 }
+
+}  // namespace
 
 void run_grid(const ConvShape& s, const Conv& conv, const ConvGrid& grid) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -56,11 +58,13 @@ void run_direct(const ConvShape& s, Conv conv, bool rows) {
     grid.out_step[axis] = 1;
     grid.in_step[axis] = s.stride[axis];
   }
-  conv.c = width * s.c;
+  conv.c *= width;
   conv.taps = grid.tap_count = static_cast<int64_t>(taps.size());
   grid.taps = taps.data();
   run_grid(s, conv, grid);
 }
+
+namespace {
 
 // A 1×1 convolution of stride 1 is a product of pixels; whether these lie at one distance.
 bool is_product(const ConvShape& s, const ConvImage& x) {
@@ -97,7 +101,8 @@ void run_winograd(const ConvShape& s, const Conv& conv, int m) {
               [&](int64_t group, Range r, Range panels) { kernels().conv_winograd(p, group, r, panels); });
 }
 
-// p.conv.out pixels of every channel.
+}  // namespace
+
 void run_depthwise(const Depthwise& p) {
   const Conv& c = p.conv;
   const int64_t rows = c.batch * c.out[0] * c.out[1], blocks = ceil_div(c.groups, kPanel);
@@ -129,29 +134,6 @@ Depthwise depthwise_of(const ConvShape& s, const Conv& conv, DType dtype) {
   return p;
 }
 
-// An output in the layout asked for, and channels-last, as the kernels write it.
-struct OutputImage {
-  Tensor out, rows;
-  int64_t size[3];
-
-  OutputImage(int64_t dim, int64_t batch, int64_t channels, const int64_t (&sizes)[3], ScalarType dtype,
-              bool channels_last)
-      : out(empty_image(dim, batch, channels, sizes, dtype, channels_last)), rows(out) {
-    for (int i = 0; i < 3; i++) size[i] = sizes[i];
-    const bool one_layout = channels == 1 || sizes[0] * sizes[1] * sizes[2] == 1;
-    turned = !channels_last && !one_layout;
-    if (turned) rows = empty_image(dim, batch, channels, sizes, dtype, true);
-  }
-  Tensor finish() const {
-    if (turned) copy_image(rows, out, size);
-    return out;
-  }
-
- private:
-  bool turned;
-};
-
-// c and n: channels of a group in and out.
 Conv conv_over(const ConvShape& s, int64_t c, int64_t n, Flavour flavour, const ConvImage& x, const OutputImage& out) {
   Conv conv{};
   conv.batch = s.batch;
@@ -170,102 +152,6 @@ Conv conv_over(const ConvShape& s, int64_t c, int64_t n, Flavour flavour, const 
   g.residual_first = true;
   return conv;
 }
-
-// Taps t of a kernel that output r + j·stride of a transposed convolution meets, and the inputs j + at that they read.
-struct Phase {
-  std::vector<int64_t> taps, at;
-
-  Phase(const ConvShape& s, int axis, int64_t r) {
-    for (int64_t t = 0; t < s.kernel[axis]; t++) {
-      const int64_t distance = r + s.pad[axis] - t * s.dilation[axis];
-      if (distance % s.stride[axis]) continue;
-      taps.push_back(t);
-      at.push_back(distance / s.stride[axis]);
-    }
-  }
-};
-
-// Each remainder of the outputs by the strides.
-template <class F>
-void over_phases(const ConvShape& s, const F& f) {
-  for (int64_t d = 0; d < s.stride[0]; d++)
-    for (int64_t h = 0; h < s.stride[1]; h++)
-      for (int64_t w = 0; w < s.stride[2]; w++) {
-        const int64_t first[3] = {d, h, w};
-        const Phase phases[3] = {{s, 0, d}, {s, 1, h}, {s, 2, w}};
-        f(first, phases);
-      }
-}
-
-int64_t count_from(int64_t first, int64_t size, int64_t stride) {
-  return first < size ? ceil_div(size - first, stride) : 0;
-}
-
-void transposed_direct(const ConvShape& s, const Conv& conv) {
-  over_phases(s, [&](const int64_t (&first)[3], const Phase(&phases)[3]) {
-    ConvGrid grid{};
-    std::vector<ConvTap> taps;
-    for (size_t i = 0; i < phases[0].taps.size(); i++)
-      for (size_t j = 0; j < phases[1].taps.size(); j++)
-        for (size_t q = 0; q < phases[2].taps.size(); q++)
-          taps.push_back({{phases[0].at[i], phases[1].at[j], phases[2].at[q]},
-                          (phases[0].taps[i] * s.kernel[1] + phases[1].taps[j]) * s.kernel[2] + phases[2].taps[q]});
-    for (int axis = 0; axis < 3; axis++) {
-      grid.out_begin[axis] = first[axis];
-      grid.out_step[axis] = s.stride[axis];
-      grid.count[axis] = count_from(first[axis], conv.out[axis], s.stride[axis]);
-      grid.in_step[axis] = 1;
-    }
-    grid.taps = taps.data();
-    grid.tap_count = static_cast<int64_t>(taps.size());
-    run_grid(s, conv, grid);
-  });
-}
-
-// Each phase is a convolution of stride 1 with a part of the kernel, turned around. Dilation 1.
-void transposed_depthwise(const ConvShape& s, const Conv& whole, const Filters& f, DType dtype) {
-  over_phases(s, [&](const int64_t (&first)[3], const Phase(&phases)[3]) {
-    ConvShape part = s;
-    Filters turned = f;
-    Depthwise p = depthwise_of(s, whole, dtype);
-    int64_t tap = 0, out = 0;
-    for (int axis = 0; axis < 3; axis++) {
-      const Phase& phase = phases[axis];
-      const int64_t count = static_cast<int64_t>(phase.taps.size());
-      part.kernel[axis] = p.kernel[axis] = count;
-      p.stride[axis] = p.dilation[axis] = 1;
-      p.pad[axis] = count ? -phase.at[count - 1] : 0;
-      p.conv.out[axis] = count_from(first[axis], whole.out[axis], s.stride[axis]);
-      tap += count ? phase.taps[count - 1] * f.kernel[axis] : 0;
-      turned.kernel[axis] = -s.stride[axis] * f.kernel[axis];
-      out += first[axis] * p.out_stride[axis];
-      p.out_stride[axis] *= s.stride[axis];
-    }
-    turned.data = static_cast<const char*>(f.data) + tap * size_of(f.dtype);
-    const Tensor packed = pack_filters(part, Flavour::f32, ConvAlgorithm::depthwise, turned);
-    p.conv.weight = packed.const_data_ptr();
-    p.conv.taps = part.taps();
-    p.conv.out_rows.c = static_cast<char*>(whole.out_rows.c) + out * size_of(whole.out_rows.c_dtype);
-    if (p.conv.out[0] * p.conv.out[1] * p.conv.out[2] > 0) run_depthwise(p);
-  });
-}
-
-// The convolution of stride 1 that a transposed one of stride 1 is; whether its padding is one.
-bool as_convolution(const ConvShape& s, const int64_t (&size)[3], ConvShape* turned) {
-  *turned = s;
-  turned->c = s.n;
-  turned->n = s.c;
-  for (int axis = 0; axis < 3; axis++) {
-    const int64_t reach = (s.kernel[axis] - 1) * s.dilation[axis];
-    turned->in[axis] = size[axis];
-    turned->pad[axis] = reach - s.pad[axis];
-    turned->pad_end[axis] = s.in[axis] - size[axis] - turned->pad[axis] + reach;
-    if (s.stride[axis] != 1 || turned->pad[axis] < 0 || turned->pad_end[axis] < 0) return false;
-  }
-  return true;
-}
-
-}  // namespace
 
 ConvPlanes planes_of(const ConvShape& s, const Tensor& input) {
   const Strides strides = strides_of(input);
@@ -336,6 +222,23 @@ static Tensor run_planes(const Tensor& input, const ConvShape& s, const Tensor& 
   return last;
 }
 
+EpilogueImages set_epilogue(Gemm* g, const ConvEpilogue& e, const int64_t (&size)[3]) {
+  EpilogueImages kept;
+  if (e.bias) {
+    kept.bias = as_contiguous(*e.bias);
+    g->bias = data_of("bias", kept.bias);
+    g->bias_dtype = dtype_of(kept.bias);
+  }
+  if (e.residual) {
+    kept.residual = image_of("residual", dense(*e.residual), size, dtype_of(*e.residual));
+    g->residual = kept.residual.image.data;
+    g->residual_row = e.residual->size(1);
+  }
+  g->activation = static_cast<Activation>(e.activation);
+  g->slope = static_cast<float>(e.slope);
+  return kept;
+}
+
 Tensor run_conv(const Tensor& input, const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm, const Tensor& packed,
                 const ConvEpilogue& e, bool channels_last) {
   const int64_t n = s.n_all(), size[3] = {s.out(0), s.out(1), s.out(2)};
@@ -347,73 +250,12 @@ Tensor run_conv(const Tensor& input, const ConvShape& s, Flavour flavour, ConvAl
   const ImageView x = image_of("input", input, s.in, dtype, merged ? s.pad[2] : 0, merged ? s.pad_end[2] : 0, merged);
   Conv conv = conv_over(s, s.c, s.n, depthwise ? Flavour::f32 : flavour, x.image, out);
   conv.weight = packed.const_data_ptr();
-  Gemm& g = conv.out_rows;
-  Tensor bias;
-  if (e.bias) {
-    bias = as_contiguous(*e.bias);
-    g.bias = data_of("bias", bias);
-    g.bias_dtype = dtype_of(bias);
-  }
-  ImageView residual;
-  if (e.residual) {
-    residual = image_of("residual", dense(*e.residual), size, g.c_dtype);
-    g.residual = residual.image.data;
-    g.residual_row = n;
-  }
-  g.activation = static_cast<Activation>(e.activation);
-  g.slope = static_cast<float>(e.slope);
+  const EpilogueImages kept = set_epilogue(&conv.out_rows, e, size);
   switch (algorithm) {
     case ConvAlgorithm::winograd2: run_winograd(s, conv, 2); break;
     case ConvAlgorithm::winograd4: run_winograd(s, conv, 4); break;
     case ConvAlgorithm::depthwise: run_depthwise(depthwise_of(s, conv, dtype)); break;
     default: is_product(s, x.image) ? run_product(s, conv) : run_direct(s, conv, merged);
-  }
-  return out.finish();
-}
-
-Tensor run_transposed(const Tensor& input, const ConvShape& s, Flavour flavour, const Filters& f, bool exact,
-                      const std::optional<Tensor>& bias, bool channels_last) {
-  Filters swapped = f;  // its outputs are the inputs of the convolution
-  swapped.n = f.c;
-  swapped.c = f.n;
-  int64_t size[3];  // that of s.out, but for an output_padding beyond the stride
-  for (int axis = 0; axis < 3; axis++)
-    size[axis] = axis_of(input.dim(), axis) < 0 ? 1 : input.size(axis_of(input.dim(), axis));
-  ConvShape turned;
-  if (as_convolution(s, size, &turned)) {
-    char* last = static_cast<char*>(const_cast<void*>(f.data));
-    for (int axis = 0; axis < 3; axis++) {
-      last += (s.kernel[axis] - 1) * f.kernel[axis] * size_of(f.dtype);
-      swapped.kernel[axis] = -f.kernel[axis];
-    }
-    swapped.data = last;
-    const ConvAlgorithm algorithm = choose_conv(turned, flavour, exact, !channels_last);
-    const Tensor packed = pack_filters(turned, flavour, algorithm, swapped);
-    return run_conv(input, turned, flavour, algorithm, packed, {bias, std::nullopt}, channels_last);
-  }
-  turned = s;
-  turned.c = s.n;
-  turned.n = s.c;
-  const OutputImage out(input.dim(), s.batch, s.c_all(), s.in, input.scalar_type(), channels_last);
-  if (out.out.numel() == 0) return out.out;
-  bool undilated = true;
-  for (int axis = 0; axis < 3; axis++) undilated = undilated && (s.dilation[axis] == 1 || s.kernel[axis] == 1);
-  const bool depthwise = undilated && s.c == 1 && s.n == 1 && s.groups > 1;
-  const DType dtype = depthwise ? dtype_of(input) : flavour == Flavour::f32 ? DType::f32 : DType::bf16;
-  const ImageView x = image_of("input", input, size, dtype);
-  Conv conv = conv_over(s, s.n, s.c, depthwise ? Flavour::f32 : flavour, x.image, out);
-  Tensor kept;
-  if (bias) {
-    kept = as_contiguous(*bias);
-    conv.out_rows.bias = data_of("bias", kept);
-    conv.out_rows.bias_dtype = dtype_of(kept);
-  }
-  if (depthwise) {
-    transposed_depthwise(s, conv, swapped, dtype);
-  } else {
-    const Tensor packed = pack_filters(turned, flavour, ConvAlgorithm::direct, swapped);
-    conv.weight = packed.const_data_ptr();
-    transposed_direct(s, conv);
   }
   return out.finish();
 }

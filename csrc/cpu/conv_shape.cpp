@@ -67,6 +67,42 @@ ConvShape shape_for(const char* op, const Tensor& input, int64_t n_all, int64_t 
   return s;
 }
 
+ConvShape shape_of_weight(const char* op, const Tensor& weight, int64_t groups) {
+  STD_TORCH_CHECK(weight.dim() >= 3 && weight.dim() <= 5, op,
+                  ": weight must have 3, 4 or 5 dimensions (out_channels, in_channels of a group, kernel…), got shape ",
+                  shape_of(weight));
+  STD_TORCH_CHECK(groups >= 1 && weight.size(0) % groups == 0, op, ": groups must divide the ", weight.size(0),
+                  " output channels, got ", groups);
+  ConvShape s{};
+  s.groups = groups;
+  s.n = weight.size(0) / groups;
+  s.c = weight.size(1);
+  for (int i = 0; i < 3; i++) {
+    const int64_t axis = axis_of(weight.dim(), i);
+    s.kernel[i] = axis < 0 ? 1 : weight.size(axis);
+    s.stride[i] = s.dilation[i] = s.in[i] = 1;
+  }
+  return s;
+}
+
+void check_groups(const char* op, const Tensor& input, int64_t groups) {
+  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0, op, ": groups must divide the ", input.size(1),
+                  " channels of input, got ", groups);
+}
+
+void check_conv_activation(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivationCount, op, ": activation must be in [0, ",
+                  kActivationCount, "), got ", activation);
+}
+
+void check_conv_output(const char* op, const char* name, const Tensor& t, const ConvShape& s, int64_t dim) {
+  bool fits = t.dim() == dim && t.size(0) == s.batch && t.size(1) == s.n_all();
+  for (int i = 0; fits && i < 3; i++) fits = axis_of(dim, i) < 0 || t.size(axis_of(dim, i)) == s.out(i);
+  STD_TORCH_CHECK(fits, op, ": ", name, " must have the output's shape, ", s.n_all(),
+                  " channels and spatial sizes (d, h, w) ", s.out(0), ", ", s.out(1), ", ", s.out(2), "; got ",
+                  shape_of(t));
+}
+
 Flavour flavour_of(const char* op, const Tensor& input, int64_t precision) {
   STD_TORCH_CHECK(precision == 0 || precision == 1, op, ": precision must be 0 (fp32) or 1 (bf16), got ", precision);
   return precision == 1 || input.scalar_type() == ScalarType::BFloat16 ? Flavour::bf16 : Flavour::f32;

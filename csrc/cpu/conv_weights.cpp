@@ -40,8 +40,11 @@ Tensor rows_of_filters(const ConvShape& s, const Filters& f, Runs runs) {
   parallel(parts, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const Range r = part(sizes[0], 1, parts, i);
-      f.dtype == DType::f32 ? copy_filters(s, f, runs, r, static_cast<float*>(data))
-                            : copy_filters(s, f, runs, r, static_cast<uint16_t*>(data));
+      switch (size_of(f.dtype)) {
+        case 4: copy_filters(s, f, runs, r, static_cast<float*>(data)); break;
+        case 2: copy_filters(s, f, runs, r, static_cast<uint16_t*>(data)); break;
+        default: copy_filters(s, f, runs, r, static_cast<int8_t*>(data));
+      }
     }
   });
   return out;
@@ -49,7 +52,8 @@ Tensor rows_of_filters(const ConvShape& s, const Filters& f, Runs runs) {
 
 // The panels of every group from rows of filters.
 void pack_panels(const ConvShape& s, Flavour flavour, const Tensor& rows, int64_t k, char* out) {
-  const int64_t panels = ceil_div(s.n, kPanel), bytes = panels * panel_groups(k, flavour) * kGroupBytes;
+  const bool sums = flavour == Flavour::u8s8;
+  const int64_t panels = ceil_div(s.n, kPanel), bytes = panels * (panel_groups(k, flavour) + sums) * kGroupBytes;
   const int64_t all = s.groups * panels, parts = all * k > 4096 ? torch::stable::get_num_threads() : 1;
   parallel(parts, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -58,7 +62,7 @@ void pack_panels(const ConvShape& s, Flavour flavour, const Tensor& rows, int64_
         const int64_t group = panel / panels, first = panel % panels;
         const int64_t last = r.end - group * panels < panels ? r.end - group * panels : panels;
         const char* b = static_cast<const char*>(rows.const_data_ptr()) + group * s.n * k * size_of(dtype_of(rows));
-        const PackB p{s.n, k, flavour, b, dtype_of(rows), 1, k, false, out + group * bytes};
+        const PackB p{s.n, k, flavour, b, dtype_of(rows), 1, k, sums, out + group * bytes};
         kernels().pack_b(p, first, last);
         panel = group * panels + last;
       }
@@ -135,6 +139,7 @@ void packed_sizes(const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm, 
   } else {
     const Runs runs = runs_of(s, flavour, algorithm);
     sizes[0] = panels, sizes[1] = s.taps() / runs.taps * panel_groups(runs.padded, flavour);
+    if (flavour == Flavour::u8s8) sizes[1]++;  // the columns' sums
     sizes[2] = kPanel * k_per_lane(flavour);
   }
 }
@@ -143,7 +148,10 @@ Tensor pack_filters(const ConvShape& s, Flavour flavour, ConvAlgorithm algorithm
   int64_t sizes[3];
   packed_sizes(s, flavour, algorithm, sizes);
   const bool bf16 = flavour == Flavour::bf16 && algorithm != ConvAlgorithm::depthwise;
-  Tensor out = empty_cpu(sizes, 3, bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+  const ScalarType dtype = flavour == Flavour::u8s8 ? ScalarType::Char
+                           : bf16                   ? ScalarType::BFloat16
+                                                    : ScalarType::Float;
+  Tensor out = empty_cpu(sizes, 3, dtype);
   if (out.numel() == 0) return out;
   float* data = static_cast<float*>(out.mutable_data_ptr());
   if (algorithm == ConvAlgorithm::winograd2 || algorithm == ConvAlgorithm::winograd4) {

@@ -33,7 +33,7 @@ struct ConvGrid {
 struct Conv {
   int64_t batch, groups;
   int64_t c;    // input channels of a group
-  ConvImage x;  // in the flavour's dtype, the groups side by side
+  ConvImage x;  // in the flavour's dtype, the groups side by side; u8s8: as QuantizeImage has them, strides in bytes
   int64_t out[3];
   const void* weight;  // [group][panel][tap][lane of c], the lanes of a tap filled up with zeros; u8s8: then the sums
   int64_t taps;
@@ -121,7 +121,7 @@ struct DepthwiseWeightSum {
   float* sum;  // [block of 16 channels][tap][16]
 };
 
-// An image to other strides and another dtype, with pixels of zeros before and after each row of w. One of the strides
+// An image to other strides and another floating dtype (u8 stays u8), with pixels of zeros before and after each row of w. One of the strides
 // along channels and w is 1 on each side.
 struct ConvCopy {
   int64_t batch, channels, size[3];

@@ -44,6 +44,14 @@ void transpose(const Matrix& m) {
   }
 }
 
+// Bytes, whichever way; layouts that no model of ours comes with.
+void copy_bytes(const Matrix& m, bool turned) {
+  const int64_t i_step = turned ? 1 : m.x_row, j_step = turned ? m.x_row : 1;
+  for (int64_t i = 0; i < m.rows; i++)
+    for (int64_t j = 0; j < m.columns; j++)
+      static_cast<uint8_t*>(m.out)[i * m.out_row + j] = static_cast<const uint8_t*>(m.x)[i * i_step + j * j_step];
+}
+
 using CopyFn = void (*)(const Matrix&);
 
 #define PBM_TO(f, X) {f<X, DType::f32>, f<X, DType::bf16>, f<X, DType::f16>}
@@ -63,13 +71,14 @@ void conv_copy(const ConvCopy& p, int64_t begin, int64_t end) {
   m.columns = pixels ? p.channels : p.size[2];
   m.out_row = pixels ? p.out_stride[2] : p.out_channel;
   m.x_row = pixels == turned ? p.x_channel : p.x_stride[2];
-  const CopyFn copy = copies[turned][static_cast<int>(p.x_dtype)][static_cast<int>(p.out_dtype)];
+  const bool bytes = p.x_dtype == DType::u8;
+  const CopyFn copy = bytes ? nullptr : copies[turned][static_cast<int>(p.x_dtype)][static_cast<int>(p.out_dtype)];
   for (int64_t row = begin; row < end; row++) {
     const int64_t h = row % p.size[1], d = row / p.size[1] % p.size[0], n = row / (p.size[1] * p.size[0]);
     m.x = static_cast<const char*>(p.x) + (n * p.x_batch + d * p.x_stride[0] + h * p.x_stride[1]) * x_size;
     char* out = static_cast<char*>(p.out) + (n * p.out_batch + d * p.out_stride[0] + h * p.out_stride[1]) * out_size;
     m.out = out;
-    copy(m);
+    bytes ? copy_bytes(m, turned) : copy(m);
     const int64_t pixel = p.out_stride[2] * out_size;
     if (p.zeros_before) std::memset(out - p.zeros_before * pixel, 0, p.zeros_before * pixel);
     if (p.zeros_after) std::memset(out + p.size[2] * pixel, 0, p.zeros_after * pixel);

@@ -136,13 +136,19 @@ struct Pixels {
   }
 };
 
+// From one group's channels to the next's.
+int64_t group_bytes(const Conv& conv) {
+  const Flavour f = conv.out_rows.flavour;
+  return f == Flavour::u8s8 ? panel_groups(conv.c, f) * lane_bytes(f) : conv.c * (4 / k_per_lane(f));
+}
+
 // Where the taps of rows [begin, end) read the group's channels, table[row][tap], and whether all are in the image.
 class Table {
  public:
   Table(const Conv& conv, const ConvGrid& grid, int64_t group)
       : conv_(conv), grid_(grid), size_(4 / k_per_lane(conv.out_rows.flavour)) {
     const ConvImage& x = conv.x;
-    data_ = static_cast<const char*>(x.data) + group * conv.c * size_;
+    data_ = static_cast<const char*>(x.data) + group * group_bytes(conv);
     offsets_ = static_cast<int64_t*>(
         scratch(ScratchSlot::b_panels, static_cast<size_t>(max64(grid.tap_count, 1)) * sizeof(int64_t)));
     for (int axis = 0; axis < 3; axis++) {
@@ -305,7 +311,8 @@ struct TileSum {
 
   // Taps [tap, tap_end) of rows [row, row_end); `finish`, where it is not null, after the last.
   void add(int64_t tap, int64_t tap_end, int64_t row, int64_t row_end, int64_t panels, const Finish* finish = nullptr) {
-    const int64_t most = flavour == Flavour::u8s8 ? lanes : sum_lanes(flavour), per_lane = k_per_lane(flavour);
+    const int64_t per_lane = k_per_lane(flavour);
+    const int64_t most = flavour == Flavour::u8s8 ? lanes * (tap_end - tap) : sum_lanes(flavour);  // int32 is exact
     const int64_t taps_at_once = max64(most / max64(lanes, 1), 1);
     const int64_t lanes_at_once = lanes <= most ? max64(lanes, 1) : ceil_div(lanes, ceil_div(lanes, most));
     for (int64_t t = tap; t < tap_end; t += taps_at_once)

@@ -32,9 +32,23 @@ PBM_INLINE Vec dequantise(const EpilogueTile& t, int r, int64_t j, IVec column_s
 PBM_INLINE void store_quantised(const Gemm& g, int64_t at, Vec y, int n) {
   const float zero = static_cast<float>(g.c_zero_point);
   const Vec q = vmin(vmax(mul(y, set1(g.c_inverse_scale)), set1(-zero)), set1(255.f - zero));
+  const IVec integers = iadd(to_int(q), iset1(g.c_zero_point));
+  uint8_t* out = static_cast<uint8_t*>(g.c) + at;
+  if (n == kWidth) return narrow_u8(out, integers);
   uint8_t bytes[16];
-  narrow_u8(bytes, iadd(to_int(q), iset1(g.c_zero_point)));
-  std::memcpy(static_cast<uint8_t*>(g.c) + at, bytes, n);
+  narrow_u8(bytes, integers);
+  std::memcpy(out, bytes, n);
+}
+
+template <Source S, DType T>
+PBM_INLINE Vec residual_of(const Gemm& g, int64_t at, int n) {
+  if (S == Source::int32 && g.residual_scale != 0) {
+    const uint8_t* from = static_cast<const uint8_t*>(g.residual) + at;
+    alignas(16) uint8_t bytes[16] = {};
+    if (n < kWidth) from = static_cast<const uint8_t*>(std::memcpy(bytes, from, n));
+    return mul(to_float(isub(widen_u8(from), iset1(g.residual_zero))), set1(g.residual_scale));
+  }
+  return load16_n<T == DType::u8 ? DType::f32 : T>(g.residual, at, n);
 }
 
 template <Source S, Activation A, DType T>
@@ -53,9 +67,8 @@ void run(const Gemm& g, const EpilogueTile& t) {
     for (int r = 0; r < t.rows; r++) {
       Vec y = add(dequantise<S>(t, r, j, column_sum, col_scale), bias);
       const int64_t at = (t.row + r) * g.c_row + col;
-      constexpr DType kResidual = T == DType::u8 ? DType::f32 : T;
       Vec residual = zero();
-      if (g.residual) residual = load16_n<kResidual>(g.residual, (t.row + r) * g.residual_row + col, n);
+      if (g.residual) residual = residual_of<S, T>(g, (t.row + r) * g.residual_row + col, n);
       y = g.residual_first ? activate<A>(add(y, residual), g.slope) : add(activate<A>(y, g.slope), residual);
       if constexpr (T == DType::u8) {
         store_quantised(g, at, y, n);

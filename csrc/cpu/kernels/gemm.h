@@ -50,6 +50,9 @@ struct Gemm {
   bool residual_first;   // the residual is added before the activation
   const void* residual;  // like C, with its dtype, or fp32 where C is u8
   int64_t residual_row;
+  // u8s8: the residual is u8 and stands for (r − residual_zero)·residual_scale, where the scale is not 0.
+  float residual_scale;
+  int32_t residual_zero;
 };
 
 // How a product is cut over threads: rows into m parts, panels of columns into n parts.

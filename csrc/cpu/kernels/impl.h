@@ -53,6 +53,8 @@ void conv_planes_gradient(const ConvPlanes& p, const void* dy, Range images, flo
 void pack_winograd(const WinogradPack& p, int64_t begin, int64_t end);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);
+ValueRange value_range(const void* x, DType dtype, int64_t begin, int64_t end);
+void quantize_image(const QuantizeImage& p, int64_t begin, int64_t end);
 void column_sum(const ColumnSum& s, int64_t begin, int64_t end);
 
 // A row of `bytes` u8 (a multiple of 32) at row + bytes to lanes of 8 bytes from row on.
@@ -80,7 +82,8 @@ inline Gemm group_epilogue(const Conv& conv, int64_t group) {
   Gemm g = conv.out_rows;
   const int64_t column = group * g.n, size = size_of(g.c_dtype);
   g.c = static_cast<char*>(g.c) + column * size;
-  if (g.residual) g.residual = static_cast<const char*>(g.residual) + column * (size == 1 ? 4 : size);
+  const int64_t residual_size = g.residual_scale != 0 ? 1 : size == 1 ? 4 : size;
+  if (g.residual) g.residual = static_cast<const char*>(g.residual) + column * residual_size;
   if (g.bias) g.bias = static_cast<const char*>(g.bias) + column * size_of(g.bias_dtype);
   if (g.col_scale) g.col_scale += column;
   return g;

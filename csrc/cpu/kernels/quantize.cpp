@@ -111,12 +111,15 @@ void quantize_row(const QuantizeRows& q, int64_t i) {
     quantize_digits<T>(q, at, out, 1.f / scale);
   } else {
     const bool asymmetric = q.kind == QuantKind::asymmetric;
-    // Divided before subtracting: high - low may exceed the largest float.
-    scale = asymmetric ? range.high / 255.f - range.low / 255.f : amax / 127.f;
-    if (scale < 0x1p-126f) scale = amax == 0.f ? 1.f : 0x1p-126f;  // 1/scale must stay finite
+    if (asymmetric) {
+      const ByteScale found = byte_scale(range.low, range.high);
+      scale = found.scale;
+      zero = found.zero_point;
+    } else {
+      scale = amax / 127.f;
+      if (scale < 0x1p-126f) scale = amax == 0.f ? 1.f : 0x1p-126f;  // 1/scale must stay finite
+    }
     const float inverse = 1.f / scale;
-    if (asymmetric) zero = static_cast<int32_t>(__builtin_nearbyintf(-range.low * inverse));
-    zero = zero > 255 ? 255 : zero;
     q.kind == QuantKind::symmetric_s8 ? quantize_bytes<T, true>(q, at, out, inverse, 0)
                                       : quantize_bytes<T, false>(q, at, out, inverse, zero);
   }
@@ -139,6 +142,13 @@ void widen_lanes(char* row, int64_t bytes) {
   static_assert(kTile.u8_lane_bytes == 4, "only AVX2 widens");
   (void)row, (void)bytes;
 #endif
+}
+
+ValueRange value_range(const void* x, DType dtype, int64_t begin, int64_t end) {
+  return with_float_dtype(dtype, [&]<DType T>() -> ValueRange {
+    const RowRange r = range_of<T>(x, begin, end - begin);
+    return {r.finite ? r.low : __builtin_nanf(""), r.high};
+  });
 }
 
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end) {

@@ -22,6 +22,9 @@ struct Kernels {
   // Panels [begin, end).
   void (*pack_b)(const PackB&, int64_t begin, int64_t end);
   void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);
+  ValueRange (*value_range)(const void* x, DType dtype, int64_t begin, int64_t end);
+  // Rows (batch, d, h).
+  void (*quantize_image)(const QuantizeImage&, int64_t begin, int64_t end);
   // out[j] = Σ_i x[i·row + j], summed in blocks; columns [begin, end).
   void (*column_sum)(const ColumnSum&, int64_t begin, int64_t end);
   void (*attention_forward)(const Attention&, const AttentionItem&);

@@ -1,0 +1,39 @@
+// What the convolutions of every kind share: outputs, grids over threads.
+#pragma once
+
+#include "cpu/conv.h"
+
+namespace pbm {
+
+// An output in the layout asked for, and channels-last, as the kernels write it.
+struct OutputImage {
+  Tensor out, rows;
+  int64_t size[3];
+
+  OutputImage(int64_t dim, int64_t batch, int64_t channels, const int64_t (&sizes)[3], ScalarType dtype,
+              bool channels_last)
+      : out(empty_image(dim, batch, channels, sizes, dtype, channels_last)), rows(out) {
+    for (int i = 0; i < 3; i++) size[i] = sizes[i];
+    const bool one_layout = channels == 1 || sizes[0] * sizes[1] * sizes[2] == 1;
+    turned = !channels_last && !one_layout;
+    if (turned) rows = empty_image(dim, batch, channels, sizes, dtype, true);
+  }
+  Tensor finish() const {
+    if (turned) copy_image(rows, out, size);
+    return out;
+  }
+
+ private:
+  bool turned;
+};
+
+// c and n: channels of a group, in and out.
+Conv conv_over(const ConvShape& s, int64_t c, int64_t n, Flavour flavour, const ConvImage& x, const OutputImage& out);
+void run_grid(const ConvShape& s, const Conv& conv, const ConvGrid& grid);
+// rows: whether a row of taps, whose channels lie side by side, is read as one tap; the image has its padding along w.
+void run_direct(const ConvShape& s, Conv conv, bool rows);
+Depthwise depthwise_of(const ConvShape& s, const Conv& conv, DType dtype);
+// p.conv.out pixels of every channel.
+void run_depthwise(const Depthwise& p);
+
+}  // namespace pbm

@@ -35,6 +35,7 @@ _CONV_OPS = ("conv", "conv_packed", "pack_conv_weight")
 _INT8_CONV_OPS = ("int8_conv", "pack_int8_conv_weight")
 LANE_CHANNELS = 16  # of a group: fewer leave lanes of an int8 product idle
 _OURS: tuple[type[nn.Module], ...] = (Linear, *OUR_INT8, *BLOCKS.values(), *OUR_CONVOLUTIONS)
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *OUR_INT8, *BLOCKS, *CONVOLUTIONS)
 # What torch.nn.TransformerEncoderLayer.forward reads without calling it, and how it is called here.
 _READ = {"linear1": "weight", "linear2": "weight", "self_attn": "weights"}
 
@@ -61,8 +62,7 @@ def candidates(
     excluded = _Selector("exclude", exclude, modules)
     names: defaultdict[nn.Module, list[str]] = defaultdict(list)
     for name, module in modules.items():
-        kinds = (nn.Linear, *OUR_INT8, *BLOCKS, *CONVOLUTIONS)
-        if isinstance(module, kinds) or _is_conv1d(module):
+        if isinstance(module, _KINDS) or _is_conv1d(module):
             names[module].append(name)
     weights = _Weights(modules)
     own, unselected = {}, {}

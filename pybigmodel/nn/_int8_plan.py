@@ -25,7 +25,7 @@ def window_with(layer: Any, extra: Sequence[int] = ()) -> list[int]:
 class Int8Plan:
     """The arguments of ``int8_conv`` for inputs of one shape and layout."""
 
-    __slots__ = ("_geometry", "_how", "_scales", "dtype", "out_shape")
+    __slots__ = ("_channels_last", "_geometry", "_scales", "dtype", "out_shape")
 
     key = None  # there is one packed copy, whatever the shape
 
@@ -34,7 +34,7 @@ class Int8Plan:
         self.dtype = input.dtype
         self._geometry = window, layer.groups
         self._scales = (layer.input_scale or 0.0, layer.input_zero_point, 0.0, 0, 0.0, 0)
-        self._how = layer._algorithm, is_channels_last(input) if last is None else last
+        self._channels_last = is_channels_last(input) if last is None else last
         axes = zip(input.shape[2:], *(window[i::PER_AXIS] for i in range(PER_AXIS)), strict=True)
         sizes = [(n + p + q - (k - 1) * d - 1) // s + 1 for n, k, s, p, q, d in axes]
         self.out_shape = torch.Size((input.shape[0], layer.out_channels, *sizes))
@@ -51,7 +51,6 @@ class Int8Plan:
         """weight: packed, and its scales."""
         y: Tensor = int8_conv_op(
             *(input, *weight, bias, residual, *self._geometry, activation, slope),
-            *self._scales,
-            *self._how,
+            *(*self._scales, self._channels_last),
         )
         return y

@@ -14,11 +14,9 @@ from pybigmodel.nn._conv_fold import fold
 from pybigmodel.nn._conv_plan import Cache, is_channels_last, is_norm, pad_in_mode
 from pybigmodel.nn._int8_layer import ADVICE, Int8Layer, without_gradient
 from pybigmodel.nn._int8_plan import Int8Plan, int8_conv_op, window_with
-from pybigmodel.ops import int8_conv_algorithm, pack_int8_conv_weight, quantize_weight
+from pybigmodel.ops import pack_int8_conv_weight, quantize_weight
 from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K, PANEL, ceil_div
 from pybigmodel.ops._common import no_kernel, refuse_forward_mode
-from pybigmodel.ops._conv_geometry import ALGORITHMS
-from pybigmodel.ops._int8_conv_kernels import DIRECT_ROWS
 
 _is_grad_enabled = torch.is_grad_enabled
 # torch's attributes, of which the arguments of the op are made.
@@ -28,7 +26,7 @@ _GEOMETRY = (
 )
 # Of layers made by `optimize`, on top of torch's attributes.
 INT8_STATE = (
-    *("input_scale", "input_zero_point", "_window", "_algorithm", "_plans", "_chains"),
+    *("input_scale", "input_zero_point", "_window", "_plans", "_chains"),
     "_channels_last",
 )
 _SCALE, _ZERO = "input_scale", "input_zero_point"
@@ -52,7 +50,6 @@ class _Int8Conv(Int8Layer):
     input_scale: float | None
     input_zero_point: int
     _window: list[int]
-    _algorithm: int
     _plans: Cache
     _chains: Cache
     _channels_last: bool | None
@@ -87,9 +84,7 @@ class _Int8Conv(Int8Layer):
                 f"{type(self).__name__}: a filter must have at most {MAX_INT8_K} weights, so that "
                 f"int32 sums cannot overflow; got {terms}"
             )
-        geometry: Any = {"dilation": self.dilation, "groups": self.groups}
-        algorithm = ALGORITHMS[int8_conv_algorithm(self._weight_shape, **geometry)]
-        own.update(input_scale=None, input_zero_point=0, _algorithm=algorithm, _channels_last=None)
+        own.update(input_scale=None, input_zero_point=0, _channels_last=None)
         own.update(_plans=Cache(), _chains=Cache(), _window=window_with(self))
 
     @classmethod
@@ -134,20 +129,17 @@ class _Int8Conv(Int8Layer):
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def _pack(self, weight: Tensor) -> Tensor:
-        algorithm = next(name for name, code in ALGORITHMS.items() if code == self._algorithm)
-        return pack_int8_conv_weight(weight, groups=self.groups, algorithm=algorithm)  # type: ignore[arg-type]
+        return pack_int8_conv_weight(weight, groups=self.groups)
 
     @property
     def weight(self) -> Tensor:
         """The int8 weight (out_channels, in_channels / groups, kernel…), a copy."""
         n, c, *kernel = self._weight_shape
-        groups, taps = self.groups, math.prod(kernel)
-        run = kernel[-1] if self._algorithm == DIRECT_ROWS else 1
-        lanes = ceil_div(run * c, 4)
+        taps, lanes = math.prod(kernel), ceil_div(c, 4)
         panels = self.packed_weight[:, :-1]  # the last group: sums of filters
-        runs = panels.reshape(groups, -1, taps // run, lanes, PANEL, 4).movedim(4, 2)
-        filters = runs.reshape(groups, -1, taps // run, lanes * 4)
-        part = filters[:, : n // groups, :, : run * c].reshape(n, *kernel, c)
+        filters = panels.reshape(self.groups, -1, taps, lanes, PANEL, 4).movedim(4, 2)
+        filters = filters.reshape(self.groups, -1, taps, lanes * 4)
+        part = filters[:, : n // self.groups, :, :c].reshape(n, *kernel, c)
         # clone, where contiguous() might give a view of the padded storage.
         return part.movedim(-1, 1).clone(memory_format=torch.contiguous_format)
 
@@ -208,8 +200,7 @@ class _Int8Conv(Int8Layer):
         try:
             y = int8_conv_op(
                 *(x, packed, scale, bias, None, self._window, self.groups, 0, 0.0),
-                *(self.input_scale or 0.0, self.input_zero_point, 0.0, 0, 0.0, 0),
-                *(self._algorithm, last),
+                *(self.input_scale or 0.0, self.input_zero_point, 0.0, 0, 0.0, 0, last),
             )
         except NotImplementedError as error:
             raise no_kernel(layer, ADVICE, input=input, **buffers) from error

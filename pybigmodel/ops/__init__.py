@@ -16,7 +16,6 @@ from pybigmodel.ops.conv_transpose import conv_transpose1d, conv_transpose2d, co
 from pybigmodel.ops.int8_conv import (
     int8_conv,
     int8_conv2d,
-    int8_conv_algorithm,
     pack_int8_conv_weight,
 )
 from pybigmodel.ops.int8_linear import (
@@ -44,7 +43,6 @@ __all__ = [
     "conv_transpose3d",
     "int8_conv",
     "int8_conv2d",
-    "int8_conv_algorithm",
     "int8_linear",
     "int8_weight_only_linear",
     "linear",

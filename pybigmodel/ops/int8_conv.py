@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from pybigmodel.ops._common import (
     refuse_derivative,
 )
 from pybigmodel.ops._conv_geometry import (
-    LANES,
     Ints,
     Padding,
     batched,
@@ -24,14 +23,11 @@ from pybigmodel.ops._conv_geometry import (
     per_axis,
     sides,
 )
-from pybigmodel.ops._int8_conv_kernels import DIRECT, DIRECT_ROWS, window_of
-
-Int8ConvAlgorithm: TypeAlias = Literal["direct", "direct_rows"]
+from pybigmodel.ops._int8_conv_kernels import window_of
 
 _ops = torch.ops.pybigmodel
 _pack_int8_conv_weight = _ops.pack_int8_conv_weight.default
 _int8_conv_op = _ops.int8_conv.default
-_CODES = {"direct": DIRECT, "direct_rows": DIRECT_ROWS}
 
 
 def int8_conv(
@@ -45,7 +41,6 @@ def int8_conv(
     dilation: Ints = 1,
     groups: int = 1,
     *,
-    algorithm: Int8ConvAlgorithm = "direct",
     activation: ConvActivation = "none",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
@@ -69,7 +64,7 @@ def int8_conv(
     Args:
         input: (N, C, spatial…) or (C, spatial…) of as many axes as kernel_size has entries, one to
             three; float32, bfloat16 or float16, which is quantised on the way, or uint8: q itself.
-        packed_weight: of :func:`pack_int8_conv_weight`, with the same groups and algorithm.
+        packed_weight: of :func:`pack_int8_conv_weight`, with the same groups.
         weight_scale: (O,) float32: s_o, of either sign.
         kernel_size: one int an axis.
         bias: (O,), input's dtype or float32.
@@ -82,7 +77,6 @@ def int8_conv(
             s = (max − min)/255 and z = round(−min/s), as :func:`quantize_per_token` has it of a
             row; a uint8 input has no range to be found.
         output_scale, output_zero_point: s_y and z_y. None: the output is floating.
-        algorithm: the one that the weight was packed for.
         channels_last: the layout of the result; None: input's.
 
     Returns:
@@ -98,7 +92,7 @@ def int8_conv(
     Raises:
         RuntimeError: a wrong dtype, shape or device, a scale that is missing or no positive number,
             or a tensor that requires grad while gradients are recorded, naming the argument.
-        ValueError: an unknown activation or algorithm, a scale that is not above 0, or a geometry
+        ValueError: an unknown activation, a scale that is not above 0, or a geometry
             of another form.
     """
     op = "int8_conv"
@@ -127,7 +121,6 @@ def int8_conv(
         residual_zero_point,
         _scale(op, "output", output_scale),
         output_zero_point,
-        _code(algorithm),
         is_channels_last(input) if channels_last is None else channels_last,
     )
     return y if with_batch else y.squeeze(0)
@@ -147,47 +140,23 @@ def int8_conv2d(
     return int8_conv(input, packed_weight, weight_scale, kernel, *args, **kwargs)
 
 
-def pack_int8_conv_weight(
-    weight: Tensor, *, groups: int = 1, algorithm: Int8ConvAlgorithm = "direct"
-) -> Tensor:
+def pack_int8_conv_weight(weight: Tensor, *, groups: int = 1) -> Tensor:
     """An int8 weight (O, C / groups, kernel…) in the layout that :func:`int8_conv` reads.
 
-    (groups·⌈O'/16⌉, runs·⌈run/4⌉ + 1, 64) int8: panels of 16 output channels, each a sequence of
-    64-byte groups with 4 consecutive values of a run for each channel, padded with zeros; O' and C'
-    are the channels of a group. A run is the C' channels of a tap ("direct"), or a row of taps side
-    by side, kernel_width·C' values ("direct_rows", for few channels: one group, no dilation along
-    the row). The last group of a panel holds the int32 sums of its filters, which zero points need.
+    (groups·⌈O'/16⌉, taps·⌈C'/4⌉ + 1, 64) int8: panels of 16 output channels, each a sequence of
+    64-byte groups with 4 consecutive input channels of a tap, padded with zeros; O' and C' are the
+    channels of a group. The last group of a panel holds the int32 sums of its filters, which zero
+    points need.
 
     Args:
         weight: int8, of one to three axes; :func:`quantize_weight` makes it.
         groups: divides O.
-        algorithm: the one that will read it; :func:`int8_conv_algorithm` chooses.
 
     Raises:
-        RuntimeError: a wrong dtype or shape, one that the algorithm does not take, or more than
-            65793 weights a filter (int32 sums could overflow).
-        ValueError: an unknown algorithm.
+        RuntimeError: a wrong dtype or shape.
     """
-    packed: Tensor = _pack_int8_conv_weight(weight, groups, _code(algorithm))
+    packed: Tensor = _pack_int8_conv_weight(weight, groups)
     return packed
-
-
-def int8_conv_algorithm(
-    weight_shape: Sequence[int], *, dilation: Ints = 1, groups: int = 1
-) -> Int8ConvAlgorithm:
-    """The algorithm expected to be the faster one for a weight (O, C / groups, kernel…)."""
-    spread = per_axis("int8_conv_algorithm", "dilation", dilation, len(weight_shape) - 2)
-    few = weight_shape[1] < LANES and weight_shape[-1] > 1
-    return "direct_rows" if few and groups == 1 and spread[-1] == 1 else "direct"
-
-
-def _code(algorithm: str) -> int:
-    try:
-        return _CODES[algorithm]
-    except (KeyError, TypeError):  # the latter: a list, say
-        raise ValueError(
-            f"algorithm must be one of {', '.join(_CODES)}; got {algorithm!r}"
-        ) from None
 
 
 def _scale(op: str, name: str, scale: float | None) -> float:

@@ -288,9 +288,11 @@ class _Int8Conv(Int8Layer):
 
     def extra_repr(self) -> str:
         kind: Any = self._kind
-        scale = self.input_scale
-        static = f"input_scale={scale:.3g}, input_zero_point={self.input_zero_point}"
-        return f"{kind.extra_repr(self)}, {'dynamic' if scale is None else static}"
+        range_ = "dynamic"
+        if self.input_scale is not None:
+            zero = self.input_zero_point
+            range_ = f"input_scale={self.input_scale:.3g}, input_zero_point={zero}"
+        return f"{kind.extra_repr(self)}, {range_}"
 
     # What torch's extra_repr reads.
     output_padding = property(lambda self: (0,) * len(self.kernel_size))

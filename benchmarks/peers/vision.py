@@ -169,4 +169,5 @@ BUILDERS: dict[str, Callable[[Vision], Contender]] = {
     "openvino_int8": build_openvino_int8,
     "pybigmodel_fp32": partial(build_ours, precision="fp32"),
     "pybigmodel_bf16": partial(build_ours, precision="bf16"),
+    "pybigmodel_int8": partial(build_ours, precision="int8"),
 }

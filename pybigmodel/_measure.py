@@ -82,11 +82,11 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Collection[Trial])
             trial.failure = "nothing finite and non-zero to compare on example_inputs"
 
 
-def run_once(model: nn.Module, example_inputs: Any) -> None:
-    """In eval mode, without gradients."""
+def run_once(model: nn.Module, example_inputs: Any) -> Any:
+    """What the model gives, in eval mode, without gradients."""
     args, kwargs = split_inputs(example_inputs)
     with eval_mode(model), torch.no_grad():
-        model(*args, **kwargs)
+        return model(*args, **kwargs)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pybigmodel._choose import MAX_ERROR, choose, dtype_of
+from pybigmodel._connect import connect
 from pybigmodel._fuse import Fused, Taken, taken_in
 from pybigmodel._measure import Trial, run_once, split_inputs
 from pybigmodel._report import Report, Row, log, log_rows
@@ -120,6 +121,7 @@ def optimize(
     rows = _with_what_follows(model, found, rows)
     if example_inputs is not None:
         _check_layouts(model, example_inputs)
+        rows = _connected(model, example_inputs, found, rows)
     log_rows(rows)
     vars(model)[_REPORT] = Report(tuple(rows))
     return model
@@ -306,6 +308,17 @@ def _check_layouts(model: nn.Module, example_inputs: Any) -> None:
                 turning: Any = layer
                 turning.keep_layout()
             run_once(model, example_inputs)
+
+
+def _connected(
+    model: nn.Module, example_inputs: Any, found: list[Candidate], rows: list[Row]
+) -> list[Row]:
+    """Have int8 convolutions pass uint8 on to each other, and say which do."""
+    connected = connect(model, example_inputs)
+    return [
+        replace(row, gives="uint8" if candidate.module in connected else None)
+        for candidate, row in zip(found, rows, strict=True)
+    ]
 
 
 def _describe(module: nn.Module) -> str:

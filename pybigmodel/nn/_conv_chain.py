@@ -25,7 +25,8 @@ from pybigmodel._torch_private import (
     jit_tracing_state,
 )
 from pybigmodel.nn._activation import activation_of, hooked
-from pybigmodel.nn._conv_plan import MOST, is_norm, pad_in_mode
+from pybigmodel.nn._conv_plan import MOST, is_norm, pad_in_mode, plan_for
+from pybigmodel.nn._int8_chain import int8_in_one
 from pybigmodel.nn._packing import Sources, cacheable
 from pybigmodel.nn.conv import FORWARD
 from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS
@@ -39,6 +40,7 @@ _FUNCTIONS: dict[Any, str] = {
 # What takes in what follows it.
 CONVOLVING: tuple[type[nn.Module], ...] = (*FORWARD, *INT8_CONVOLUTIONS.values())
 _CONVOLVING = frozenset(CONVOLVING)
+_INT8 = frozenset(INT8_CONVOLUTIONS.values())
 _NONE = (0, 0.0)
 is_grad_enabled = torch.is_grad_enabled
 _FIXED = (nn.ReLU, nn.SiLU, nn.Hardswish)
@@ -134,12 +136,14 @@ def _in_one(
         or dispatch_modes()
         or jit_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or not isinstance(x, Tensor)  # torch.fx's
-        or x.is_nested
     ):
         return None
     code = chain.code or code_of(chain.act)
     if code is None:
+        return None
+    if type(layer) in _INT8:
+        return int8_in_one(layer, chain, code, x, residual, pad)
+    if not isinstance(x, Tensor) or x.is_nested:  # torch.fx's
         return None
     if layer.padding_mode != "zeros":
         if pad is not None:
@@ -148,14 +152,9 @@ def _in_one(
     weight = layer._weight_for(x)
     if weight is None:  # the layer says why
         return None
-    key = x.shape if layer._channels_last else (x.shape, x.stride())
-    if pad is not None:
-        key = key, pad
-    plan = layer._plans.get(key)
-    if plan is None or plan.dtype is not x.dtype:
-        plan = _new_plan(layer, x, weight, pad, key)
-        if plan is None:
-            return None
+    plan = plan_for(layer, x, weight, pad)
+    if plan is None:
+        return None
     if residual is not None and not (
         isinstance(residual, Tensor)
         and residual.dtype == x.dtype
@@ -234,33 +233,3 @@ def code_of(function: Any) -> tuple[int, float] | None:
         slope: Any = function.negative_slope
         return CONV_ACTIVATIONS["leaky_relu"], float(slope)
     return (CONV_ACTIVATIONS["hardswish"], 0.0) if kind is nn.Hardswish else None
-
-
-def _new_plan(layer: Any, x: Tensor, weight: Any, pad: Any, key: Any) -> Any:
-    extra = () if pad is None else _sides_of(pad, layer, x)
-    if extra is None:
-        return None
-    if len(layer._plans) >= MOST:
-        layer._plans.clear()
-    plan = layer._new_plan(x, weight, extra)
-    if min(plan.out_shape[2:], default=1) < 1:
-        return None
-    layer._plans[key] = plan
-    return plan
-
-
-def _sides_of(pad: Any, layer: Any, x: Tensor) -> tuple[int, ...] | None:
-    """How far the function pads an image of this shape with zeros, before and after, axis by axis:
-    from what it does to one of ones; None where it does something else."""
-    ones = torch.ones((1, 1, *x.shape[2:]))
-    padded = pad(ones, layer)
-    if padded.dim() != ones.dim() or float(padded.sum()) != ones.numel():
-        return None
-    sides = []
-    for axis in range(2, ones.dim()):
-        others = [other for other in range(ones.dim()) if other != axis]
-        there = padded.amax(others).nonzero().flatten().tolist()
-        if len(there) != x.shape[axis] or there[-1] - there[0] + 1 != len(there):
-            return None
-        sides += [there[0], padded.shape[axis] - there[-1] - 1]
-    return tuple(sides)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pybigmodel.nn._conv_plan import is_channels_last, padding_of
+from pybigmodel.nn._int8_image import NOT_QUANTISED
 from pybigmodel.ops._int8_conv_kernels import PER_AXIS, window_of
 
 int8_conv_op = torch.ops.pybigmodel.int8_conv.default
@@ -25,15 +26,17 @@ def window_with(layer: Any, extra: Sequence[int] = ()) -> list[int]:
 class Int8Plan:
     """The arguments of ``int8_conv`` for inputs of one shape and layout."""
 
-    __slots__ = ("_channels_last", "_geometry", "_scales", "dtype", "out_shape")
+    __slots__ = ("_channels_last", "_geometry", "_quantiser", "dtype", "floating", "out_shape")
 
     key = None  # there is one packed copy, whatever the shape
 
     def __init__(self, layer: Any, input: Tensor, extra: Sequence[int] = ()) -> None:
         window, last = window_with(layer, extra), layer._channels_last
         self.dtype = input.dtype
+        # Of the result, where it is not uint8.
+        self.floating = torch.float32 if input.dtype == torch.uint8 else input.dtype
         self._geometry = window, layer.groups
-        self._scales = (layer.input_scale or 0.0, layer.input_zero_point, 0.0, 0, 0.0, 0)
+        self._quantiser = layer.input_scale or 0.0, layer.input_zero_point
         self._channels_last = is_channels_last(input) if last is None else last
         axes = zip(input.shape[2:], *(window[i::PER_AXIS] for i in range(PER_AXIS)), strict=True)
         sizes = [(n + p + q - (k - 1) * d - 1) // s + 1 for n, k, s, p, q, d in axes]
@@ -47,10 +50,14 @@ class Int8Plan:
         residual: Tensor | None = None,
         activation: int = 0,
         slope: float = 0.0,
+        of_input: tuple[float, int] = NOT_QUANTISED,
+        of_residual: tuple[float, int] = NOT_QUANTISED,
+        of_output: tuple[float, int] = NOT_QUANTISED,
     ) -> Tensor:
-        """weight: packed, and its scales."""
+        """weight: packed, and its scales; scale and zero point of what is, or will be, uint8."""
+        of_input = of_input if of_input[0] else self._quantiser
         y: Tensor = int8_conv_op(
             *(input, *weight, bias, residual, *self._geometry, activation, slope),
-            *(*self._scales, self._channels_last),
+            *(*of_input, *of_residual, *of_output, self._channels_last),
         )
         return y

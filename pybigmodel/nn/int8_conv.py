@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pybigmodel._torch_private import forward_ad
 from pybigmodel.nn._conv_fold import fold
 from pybigmodel.nn._conv_plan import Cache, is_channels_last, is_norm, pad_in_mode
+from pybigmodel.nn._int8_image import NOT_QUANTISED
 from pybigmodel.nn._int8_layer import ADVICE, Int8Layer, without_gradient
 from pybigmodel.nn._int8_plan import Int8Plan, int8_conv_op, window_with
 from pybigmodel.ops import pack_int8_conv_weight, quantize_weight
@@ -26,11 +27,11 @@ _GEOMETRY = (
 )
 # Of layers made by `optimize`, on top of torch's attributes.
 INT8_STATE = (
-    *("input_scale", "input_zero_point", "_window", "_plans", "_chains"),
-    "_channels_last",
+    *("input_scale", "input_zero_point", "output_scale", "output_zero_point", "_output_of"),
+    *("_window", "_plans", "_chains", "_channels_last"),
 )
-_SCALE, _ZERO = "input_scale", "input_zero_point"
-_IN_PLANS = frozenset((*_GEOMETRY, _SCALE, _ZERO, "_channels_last"))
+_ENDS = ("input", "output")
+_IN_PLANS = frozenset((*_GEOMETRY, "input_scale", "input_zero_point", "_channels_last"))
 
 
 class _Int8Conv(Int8Layer):
@@ -49,6 +50,11 @@ class _Int8Conv(Int8Layer):
     padding_mode: str
     input_scale: float | None
     input_zero_point: int
+    # What `optimize` found: that only other int8 convolutions take the result, its range, and
+    # behind which steps (norm, residual, activation).
+    output_scale: float | None
+    output_zero_point: int
+    _output_of: tuple[Any, ...] | None
     _window: list[int]
     _plans: Cache
     _chains: Cache
@@ -85,6 +91,7 @@ class _Int8Conv(Int8Layer):
                 f"int32 sums cannot overflow; got {terms}"
             )
         own.update(input_scale=None, input_zero_point=0, _channels_last=None)
+        own.update(output_scale=None, output_zero_point=0, _output_of=None)
         own.update(_plans=Cache(), _chains=Cache(), _window=window_with(self))
 
     @classmethod
@@ -227,12 +234,23 @@ class _Int8Conv(Int8Layer):
 
     # --- in a chain (_conv_chain.py) --------------------------------------------------------------
 
-    def _weight_for(self, x: Tensor) -> Any:
-        fits = x.dtype in FLOAT_DTYPES and x.dim() == len(self.kernel_size) + 2
+    def _weight_for(self, x: Tensor, of_x: tuple[float, int] = NOT_QUANTISED) -> Any:
+        fits = of_x[0] or x.dtype in FLOAT_DTYPES
+        fits = fits and x.dim() == len(self.kernel_size) + 2
         return self._buffers["packed_weight"] if fits and x.shape[1] == self.in_channels else None
 
     def _new_plan(self, x: Tensor, weight: Any, extra: tuple[int, ...]) -> Int8Plan:
         return Int8Plan(self, x, extra)
+
+    def _quantiser_after(self, followed_by: Any, dtype: torch.dtype) -> tuple[float, int]:
+        """Of the result where it may stay in uint8: of float32, after the steps that it was
+        calibrated with."""
+        if self.output_scale is None or dtype is not torch.float32:
+            return NOT_QUANTISED
+        if self._output_of is None:  # loaded
+            vars(self)["_output_of"] = followed_by
+        same = self._output_of == followed_by
+        return (self.output_scale, self.output_zero_point) if same else NOT_QUANTISED
 
     def _operands(self, weight: Any, key: Any) -> tuple[Any, Any] | None:
         """The op's weight and bias."""
@@ -253,9 +271,10 @@ class _Int8Conv(Int8Layer):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        scale = math.nan if self.input_scale is None else self.input_scale
-        destination[prefix + _SCALE] = torch.tensor(scale)
-        destination[prefix + _ZERO] = torch.tensor(self.input_zero_point)
+        for end in _ENDS:
+            scale, zero = getattr(self, f"{end}_scale"), getattr(self, f"{end}_zero_point")
+            destination[f"{prefix}{end}_scale"] = torch.tensor(math.nan if scale is None else scale)
+            destination[f"{prefix}{end}_zero_point"] = torch.tensor(zero)
 
     def _load_from_state_dict(
         self,
@@ -267,24 +286,32 @@ class _Int8Conv(Int8Layer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        keys = [prefix + name for name in (_SCALE, _ZERO)]
-        others = {name: value for name, value in state_dict.items() if name not in keys}
+        keys = {end: (f"{prefix}{end}_scale", f"{prefix}{end}_zero_point") for end in _ENDS}
+        own = {key for pair in keys.values() for key in pair}
+        others = {name: value for name, value in state_dict.items() if name not in own}
         more = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(others, prefix, *more)
         self.forget_packed()
-        there = [key for key in keys if key in state_dict]
-        if len(there) < len(keys):
-            missing_keys += [key for key in keys if key not in there] if strict or there else []
-            return
-        scale, zero = (float(state_dict[key]) for key in keys)
+        for end, pair in keys.items():
+            there = [key for key in pair if key in state_dict]
+            if len(there) == len(pair):
+                scale, zero = (float(state_dict[key]) for key in pair)
+                self._set_quantiser(end, pair, scale, zero, error_msgs)
+            elif strict or there:
+                missing_keys += [key for key in pair if key not in there]
+
+    def _set_quantiser(
+        self, end: str, keys: tuple[str, str], scale: float, zero: float, error_msgs: list[str]
+    ) -> None:
         if not (math.isnan(scale) or 0 < scale < math.inf) or zero not in range(256):
             error_msgs.append(
-                f"{keys[0]} must be positive (or NaN: dynamic) and {keys[1]} in [0, 255], got "
+                f"{keys[0]} must be positive (or NaN: none) and {keys[1]} in [0, 255], got "
                 f"{scale} and {zero}"
             )
             return
-        self.input_scale = None if math.isnan(scale) else scale
-        self.input_zero_point = int(zero)
+        setattr(self, f"{end}_scale", None if math.isnan(scale) else scale)
+        setattr(self, f"{end}_zero_point", int(zero))
+        self._output_of = None
 
     def extra_repr(self) -> str:
         kind: Any = self._kind
@@ -333,8 +360,8 @@ class Int8Conv2d(_Int8Conv):
 
     The weight is held once, in the packed layout. ``weight`` unpacks it. The state_dict holds
     ``weight_int8`` (out_channels, in_channels / groups, kernel…), ``weight_scale`` float32
-    (out_channels,), ``bias``, ``input_scale`` (NaN: dynamic) and ``input_zero_point``; a pickle has
-    the same.
+    (out_channels,), ``bias``, ``input_scale`` (NaN: dynamic), ``input_zero_point``,
+    ``output_scale`` (NaN: its result is floating) and ``output_zero_point``; a pickle has the same.
 
     Raises:
         RuntimeError: a wrong dtype, shape or device, naming the argument; in backward, when a

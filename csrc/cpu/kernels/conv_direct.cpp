@@ -1,8 +1,7 @@
 // Direct convolution without an im2col buffer: a table says where each tap of each output pixel reads its channels
 // (Dukhan, "The Indirect Convolution Algorithm", 2019), and the register tile takes its rows from there.
 #include "common/scratch.h"
-#include "cpu/kernels/impl.h"
-#include "cpu/kernels/tile.h"
+#include "cpu/kernels/conv_rows.h"
 
 namespace pbm::PBM_TIER {
 namespace {
@@ -13,106 +12,6 @@ constexpr int64_t kBlockRows = 144;
 constexpr int64_t sum_lanes(Flavour f) { return f == Flavour::bf16 && PBM_TIER_LEVEL < 3 ? 128 : 256; }
 // Weights that one block of rows meets before the next part of them: they stay in L2.
 constexpr int64_t kWeightBytes = int64_t{320} << 10;
-
-// What is done to accumulators that need no more than this, while they are in registers.
-struct Finish {
-  float* out;
-  int64_t out_row;
-  const float* bias;
-  const float* residual;
-  int64_t residual_row;
-  float low, high;  // what the activation cuts off
-};
-
-// A few rows times a few panels, over some taps and a part of their lanes.
-struct RowProduct {
-  const char* const* rows;  // [row][tap]
-  int64_t rows_next;        // pointers from one row to the next
-  int64_t a_offset;         // bytes from where a row points
-  const char* b;            // the panel, and within a tap the same lane as a_offset
-  int64_t b_panel, b_tap;   // bytes from one panel, one tap to the next
-  const ConvTap* taps;
-  int64_t tap_count;
-  int64_t k;     // elements of each tap
-  int64_t soon;  // from the first panel to what is read after this: fetched into L2 on the way; 0: nothing
-  void* c;
-  int64_t ldc;  // elements
-  bool accumulate;
-  const Finish* finish;  // null: the accumulators go to c
-};
-
-template <int MR, int NV>
-PBM_INLINE void finish_rows(const RowProduct& p, Vec (&acc)[MR][NV]) {
-  const Finish& f = *p.finish;
-  const Vec low = set1(f.low), high = set1(f.high);
-  const float* c = static_cast<const float*>(p.c);
-  PBM_UNROLL for (int j = 0; j < NV; j++) {
-    const Vec bias = f.bias ? load(f.bias + j * kWidth) : zero();
-    PBM_UNROLL for (int i = 0; i < MR; i++) {
-      Vec y = add(p.accumulate ? add(load(c + i * p.ldc + j * kWidth), acc[i][j]) : acc[i][j], bias);
-      if (f.residual) y = add(y, load(f.residual + i * f.residual_row + j * kWidth));
-      store(f.out + i * f.out_row + j * kWidth, vmin(high, vmax(low, y)));  // NaN stays: the second operand
-    }
-  }
-}
-
-template <Flavour F, int MR, int NV>
-void row_product(const RowProduct& p) {
-  using D = Dot<F>;
-  constexpr int64_t kPerLane = k_per_lane(F);
-  constexpr int64_t kLaneBytes = lane_bytes(F);
-  constexpr bool filled_up = kLaneBytes > 4;
-  typename D::Acc acc[MR][NV];
-  PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = D::zero();
-  const int64_t lanes = filled_up ? ceil_div(p.k, kPerLane) : p.k / kPerLane;
-  const int64_t tail_bytes = filled_up ? 0 : p.k % kPerLane * (4 / kPerLane);
-  const int64_t b_panel = p.b_panel, soon = p.soon;
-  for (int64_t t = 0; t < p.tap_count; t++) {
-    const char* a[MR];
-    PBM_UNROLL for (int i = 0; i < MR; i++) a[i] = p.rows[i * p.rows_next + t] + p.a_offset;
-    const char* b = p.b + p.taps[t].weight * p.b_tap;
-    for (int64_t l = 0; l < lanes; l++) {
-      if constexpr (MR >= 4) __builtin_prefetch(b + soon, 0, 2);
-      multiply_rows<D, MR, NV>(acc, a, l * kLaneBytes, b, b_panel);
-      b += kGroupBytes;
-    }
-    if (tail_bytes) {
-      alignas(4) char last[MR][kLaneBytes] = {};
-      const char* from[MR];
-      PBM_UNROLL for (int i = 0; i < MR; i++) {
-        uint32_t lane = 0;
-        std::memcpy(&lane, a[i] + lanes * kLaneBytes, F == Flavour::bf16 ? 2 : tail_bytes);
-        std::memcpy(last[i], &lane, 4);
-        from[i] = last[i];
-      }
-      multiply_rows<D, MR, NV>(acc, from, 0, b, b_panel);
-    }
-  }
-  if constexpr (F != Flavour::u8s8)
-    if (p.finish) return finish_rows<MR, NV>(p, acc);
-  PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++)
-    D::put(static_cast<char*>(p.c) + (i * p.ldc + j * 16) * 4, acc[i][j], p.accumulate);
-}
-
-using ProductFn = void (*)(const RowProduct&);
-
-template <Flavour F, int MR, int NV>
-constexpr ProductFn product_or_null() {
-  if constexpr (MR <= (NV <= kTile.panels ? kTile.max_rows : kTile.wide_rows)) return row_product<F, MR, NV>;
-  return nullptr;
-}
-
-#define PBM_ROW(F, MR) \
-  {product_or_null<F, MR, 1>(), product_or_null<F, MR, 2>(), product_or_null<F, MR, 3>(), product_or_null<F, MR, 4>()}
-#define PBM_PRODUCTS(F)                                                                                     \
-  {PBM_ROW(F, 1), PBM_ROW(F, 2), PBM_ROW(F, 3), PBM_ROW(F, 4), PBM_ROW(F, 5), PBM_ROW(F, 6), PBM_ROW(F, 7), \
-   PBM_ROW(F, 8)}
-
-void row_product(const RowProduct& p, Flavour flavour, int64_t rows, int64_t panels) {
-  static const ProductFn products[3][8][4] = {PBM_PRODUCTS(Flavour::f32), PBM_PRODUCTS(Flavour::bf16),
-                                              PBM_PRODUCTS(Flavour::u8s8)};
-  products[static_cast<int>(flavour)][rows - 1][panels - 1](p);
-}
 
 // Consecutive pixels of a grid, as indices of their axes.
 struct Pixels {
@@ -209,25 +108,17 @@ class Output {
       scale_[r] = conv.x_scale;
       zero_[r] = conv.x_zero;
     }
+    in_registers_ = whole_ && finish_of(g_, conv, &first_);
+    here_ = first_;
   }
 
-  // Whether columns [col, col + columns) of rows from `row` on can be finished in registers, and how.
-  bool finish(int64_t row, int64_t col, int64_t columns, Finish* f) const {
-    const bool clamps =
-        g_.activation == Activation::none || g_.activation == Activation::relu || g_.activation == Activation::relu6;
-    if (!whole_ || !clamps || g_.c_dtype != DType::f32 || col + columns > g_.n ||
-        (g_.bias && g_.bias_dtype != DType::f32) || (g_.residual && !g_.residual_first))
-      return false;
-    constexpr float kInfinity = __builtin_inff();
-    f->out = static_cast<float*>(g_.c) + row * g_.c_row + col;
-    f->out_row = g_.c_row;
-    f->bias = g_.bias ? static_cast<const float*>(g_.bias) + col : nullptr;
-    f->residual =
-        g_.residual ? static_cast<const float*>(g_.residual) + row * g_.residual_row + col : nullptr;
-    f->residual_row = g_.residual_row;
-    f->low = g_.activation == Activation::none ? -kInfinity : 0.f;
-    f->high = g_.activation == Activation::relu6 ? 6.f : kInfinity;
-    return true;
+  // How columns [col, col + columns) of rows from `row` on are finished in registers; null where they are not.
+  const Finish* finish(int64_t row, int64_t col, int64_t columns, const int32_t* sums, int64_t sums_panel) {
+    if (!in_registers_ || col + columns > g_.n) return nullptr;
+    move_finish(first_, row, col, &here_);
+    here_.sums = sums;
+    here_.sums_panel = sums_panel;
+    return &here_;
   }
 
   // Rows from `row` of the grid on, at most a tile of them.
@@ -259,7 +150,8 @@ class Output {
   const Conv& conv_;
   const ConvGrid& grid_;
   Gemm g_;
-  bool whole_ = true;
+  bool whole_ = true, in_registers_;
+  Finish first_{}, here_;
   float scale_[8];
   int32_t zero_[8];
 };
@@ -299,47 +191,84 @@ Tiling tiling_of(int64_t across, int64_t rows, int64_t panels) {
 // Lanes fewer than these are not worth a call of their own for the rows that see a tap.
 constexpr int64_t kWorthACall = 48;
 
-// One tile's part of the reduction.
-struct TileSum {
-  Flavour flavour;
-  int64_t c, lanes;
-  const ConvTap* taps;
-  const char* const* table;  // of the tile's first row
-  int64_t tap_count;
-  const char* zeros;
-  RowProduct p;  // of the tile's first row
+// A tile of the rows of a block.
+struct Cut {
+  int64_t row, height;
+  bool inside;  // whether all taps of all of them are in the image
+};
+
+// The rows of a block in tiles; how many.
+int64_t cut_rows(const Tiling& tiling, int64_t count, const bool* whole, Cut* cuts) {
+  int64_t tiles = 0;
+  for (int64_t begin = 0; begin < count;) {
+    const int64_t end = tiling.unit == 1 ? count : min64(begin + tiling.unit, count);
+    for (int64_t r = begin; r < end;) {
+      Cut c{r, even(end - r, tiling.height), true};
+      for (int64_t i = 0; i < c.height; i++) c.inside = c.inside && whole[r + i];
+      cuts[tiles++] = c;
+      r += c.height;
+    }
+    begin = end;
+  }
+  return tiles;
+}
+
+// How one tile is summed: some taps, some of their lanes at a time.
+class TileSum {
+ public:
+  TileSum(const Conv& conv, const ConvGrid& grid, int64_t lanes, int64_t panel_bytes)
+      : flavour_(conv.out_rows.flavour),
+        c_(conv.c),
+        lanes_(lanes),
+        grid_(grid),
+        zeros_(static_cast<const char*>(conv.zeros)) {
+    const int64_t all = max64(lanes, 1) * max64(grid.tap_count, 1);
+    const int64_t most = flavour_ == Flavour::u8s8 ? all : sum_lanes(flavour_);  // int32 is exact
+    taps_at_once_ = max64(most / max64(lanes, 1), 1);
+    lanes_at_once_ = lanes <= most ? max64(lanes, 1) : ceil_div(lanes, ceil_div(lanes, most));
+    p_.rows_next = grid.tap_count;
+    p_.b_panel = panel_bytes;
+    p_.b_tap = lanes * kGroupBytes;
+  }
+
+  // The tile's first row in the table, its panels, its accumulators.
+  void begin(const char* const* table, const char* b, void* c, int64_t ldc, bool accumulate, int64_t soon) {
+    table_ = table;
+    b_ = b;
+    c_tile_ = static_cast<char*>(c);
+    p_.ldc = ldc;
+    p_.accumulate = accumulate;
+    p_.soon = soon;
+  }
 
   // Taps [tap, tap_end) of rows [row, row_end); `finish`, where it is not null, after the last.
   void add(int64_t tap, int64_t tap_end, int64_t row, int64_t row_end, int64_t panels, const Finish* finish = nullptr) {
-    const int64_t per_lane = k_per_lane(flavour);
-    const int64_t most = flavour == Flavour::u8s8 ? lanes * (tap_end - tap) : sum_lanes(flavour);  // int32 is exact
-    const int64_t taps_at_once = max64(most / max64(lanes, 1), 1);
-    const int64_t lanes_at_once = lanes <= most ? max64(lanes, 1) : ceil_div(lanes, ceil_div(lanes, most));
-    for (int64_t t = tap; t < tap_end; t += taps_at_once)
-      for (int64_t lane = 0; lane == 0 || lane < lanes; lane += lanes_at_once) {
-        RowProduct x = p;
-        x.rows = table + row * tap_count + t;
-        x.taps = taps + t;
-        x.tap_count = min64(taps_at_once, tap_end - t);
-        x.a_offset = lane * lane_bytes(flavour);
-        x.b += lane * kGroupBytes;
-        x.k = min64(lanes_at_once * per_lane, c - lane * per_lane);
-        x.c = static_cast<char*>(p.c) + row * p.ldc * 4;
-        x.finish = t + taps_at_once >= tap_end && lane + lanes_at_once >= lanes ? finish : nullptr;
-        row_product(x, flavour, row_end - row, panels);
-        p.accumulate = true;
+    const int64_t per_lane = k_per_lane(flavour_);
+    p_.c = c_tile_ + row * p_.ldc * 4;
+    for (int64_t t = tap; t < tap_end; t += taps_at_once_)
+      for (int64_t lane = 0; lane == 0 || lane < lanes_; lane += lanes_at_once_) {
+        p_.rows = table_ + row * grid_.tap_count + t;
+        p_.taps = grid_.taps + t;
+        p_.tap_count = min64(taps_at_once_, tap_end - t);
+        p_.a_offset = lane * lane_bytes(flavour_);
+        p_.b = b_ + lane * kGroupBytes;
+        p_.k = min64(lanes_at_once_ * per_lane, c_ - lane * per_lane);
+        p_.finish = t + taps_at_once_ >= tap_end && lane + lanes_at_once_ >= lanes_ ? finish : nullptr;
+        row_product(p_, flavour_, row_end - row, panels);
+        p_.accumulate = true;
       }
   }
 
   // The same where some taps of some rows lie outside: of each tap the rows from the first to the last that see it.
   void add_visible(int64_t tap, int64_t tap_end, int64_t rows, int64_t panels) {
-    if (!p.accumulate) std::memset(p.c, 0, static_cast<size_t>(rows * p.ldc) * 4);
-    p.accumulate = true;
+    if (!p_.accumulate) std::memset(c_tile_, 0, static_cast<size_t>(rows * p_.ldc) * 4);
+    p_.accumulate = true;
+    const int64_t tap_count = grid_.tap_count;
     for (int64_t t = tap, whole = tap; t < tap_end; t++) {
       int64_t row = 0, row_end = rows;
-      while (row < rows && table[row * tap_count + t] == zeros) row++;
-      while (row_end > row && table[(row_end - 1) * tap_count + t] == zeros) row_end--;
-      const bool all = row_end > row && (row_end - row == rows || lanes < kWorthACall);
+      while (row < rows && table_[row * tap_count + t] == zeros_) row++;
+      while (row_end > row && table_[(row_end - 1) * tap_count + t] == zeros_) row_end--;
+      const bool all = row_end > row && (row_end - row == rows || lanes_ < kWorthACall);
       if (!all || t + 1 == tap_end) {
         add(whole, all ? t + 1 : t, 0, rows, panels);
         whole = t + 1;
@@ -347,6 +276,16 @@ struct TileSum {
       if (!all && row_end > row) add(t, t + 1, row, row_end, panels);
     }
   }
+
+ private:
+  Flavour flavour_;
+  int64_t c_, lanes_, taps_at_once_, lanes_at_once_;
+  const ConvGrid& grid_;
+  const char* zeros_;
+  const char* const* table_;
+  const char* b_;
+  char* c_tile_;
+  RowProduct p_{};
 };
 
 }  // namespace
@@ -358,60 +297,50 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   note_kernel(kNames[static_cast<int>(flavour)]);
   const int64_t lanes = panel_groups(conv.c, flavour), taps = grid.tap_count, tap_bytes = lanes * kGroupBytes;
   const int64_t panel_bytes = conv.taps * tap_bytes + (flavour == Flavour::u8s8 ? kGroupBytes : 0);
-  const char* weight =
-      static_cast<const char*>(conv.weight) + group * ceil_div(conv.out_rows.n, kPanel) * panel_bytes;
-  const Output output(conv, grid, group);
+  const char* weight = static_cast<const char*>(conv.weight) + group * ceil_div(conv.out_rows.n, kPanel) * panel_bytes;
+  Output output(conv, grid, group);
   const Table where(conv, grid, group);
+  TileSum sum(conv, grid, lanes, panel_bytes);
   const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, panels.end - panels.begin);
   // Taps whose weights stay in L2 while the rows of a block pass by.
   const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width, 1), 1);
   // What hides taps from a quantised image is its zero point, which the sums of the weights count on. Narrow images share
   // a tile with the next one: the order of a pixel's sum would depend on where the tile begins.
-  const bool quantised = flavour == Flavour::u8s8, may_skip = !quantised && tiling.unit > 1;
+  const bool may_skip = flavour != Flavour::u8s8 && tiling.unit > 1;
 
   for (int64_t r0 = rows.begin; r0 < rows.end;) {
     const int64_t left = ceil_div(rows.end - r0, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
     const int64_t count = min64(ceil_div(left, ceil_div(left, fit)) * tiling.unit, rows.end - r0);
-    const char** table = static_cast<const char**>(
-        scratch(ScratchSlot::a_rows, static_cast<size_t>(count) * (static_cast<size_t>(taps) * sizeof(char*) + 1)));
-    bool* whole = reinterpret_cast<bool*>(table + taps * count);
+    const size_t row_bytes = static_cast<size_t>(taps) * sizeof(char*) + sizeof(Cut) + 1;
+    const char** table =
+        static_cast<const char**>(scratch(ScratchSlot::a_rows, static_cast<size_t>(count) * row_bytes));
+    Cut* cuts = reinterpret_cast<Cut*>(table + taps * count);
+    bool* whole = reinterpret_cast<bool*>(cuts + count);
     where.make({r0, r0 + count}, table, whole);
+    const int64_t tiles = cut_rows(tiling, count, whole, cuts);
     char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(count * tiling.width) * 64));
     for (int64_t j = panels.begin, width; j < panels.end; j += width) {
       width = even(panels.end - j, tiling.width);
+      const int64_t columns = width * kPanel;
       const char* b = weight + j * panel_bytes;
+      const int32_t* sums = reinterpret_cast<const int32_t*>(b + conv.taps * tap_bytes);
       for (int64_t tap = 0; tap == 0 || tap < taps; tap += taps_at_once) {
         const int64_t tap_end = min64(tap + taps_at_once, taps);
         // The next tiles' share of what comes after: more taps of these panels, or the first of the next.
-        const bool more_taps = tap_end < taps, more_panels = j + 2 * width <= panels.end;
+        const bool more_taps = tap_end < taps, more = more_taps || j + 2 * width <= panels.end;
         const int64_t next = more_taps ? taps_at_once * tap_bytes : width * panel_bytes - tap * tap_bytes;
-        for (int64_t r = 0, tile = 0; r < count; tile++) {
-          const int64_t row_end = min64((r / tiling.unit + 1) * tiling.unit, count);
-          const int64_t to_cut = tiling.unit == 1 ? count - r : row_end - r;
-          const int64_t height = even(to_cut, tiling.height);
-          TileSum sum{flavour, conv.c, lanes, grid.taps, table + r * taps, taps, static_cast<const char*>(conv.zeros), {}};
-          sum.p.rows_next = taps;
-          sum.p.b = b;
-          sum.p.b_panel = panel_bytes;
-          sum.p.b_tap = tap_bytes;
-          sum.p.c = acc + r * width * 64;
-          sum.p.ldc = width * kPanel;
-          sum.p.soon = tile < width && (more_taps || more_panels) ? next + tile * panel_bytes : 0;
-          sum.p.accumulate = tap > 0;
-          bool inside = taps > 0;
-          for (int64_t i = 0; i < height; i++) inside = inside && whole[r + i];
-          const bool all_taps = inside || (taps > 0 && !may_skip);
-          Finish finish;
-          const bool at_once = tap_end == taps && all_taps && !quantised &&
-                               output.finish(r0 + r, j * kPanel, width * kPanel, &finish);
+        for (int64_t i = 0; i < tiles; i++) {
+          const Cut& cut = cuts[i];
+          char* c = acc + cut.row * columns * 4;
+          sum.begin(table + cut.row * taps, b, c, columns, tap > 0, i < width && more ? next + i * panel_bytes : 0);
+          const bool all_taps = taps > 0 && (cut.inside || !may_skip), last = tap_end == taps;
+          const Finish* finish =
+              last && all_taps ? output.finish(r0 + cut.row, j * kPanel, columns, sums, panel_bytes / 4) : nullptr;
           if (all_taps)
-            sum.add(tap, tap_end, 0, height, width, at_once ? &finish : nullptr);
+            sum.add(tap, tap_end, 0, cut.height, width, finish);
           else
-            sum.add_visible(tap, tap_end, height, width);
-          if (tap_end == taps && !at_once)
-            output.put(r0 + r, height, j * kPanel, width * kPanel, static_cast<char*>(sum.p.c),
-                       reinterpret_cast<const int32_t*>(b + conv.taps * tap_bytes), panel_bytes / 4);
-          r += height;
+            sum.add_visible(tap, tap_end, cut.height, width);
+          if (last && !finish) output.put(r0 + cut.row, cut.height, j * kPanel, columns, c, sums, panel_bytes / 4);
         }
       }
     }

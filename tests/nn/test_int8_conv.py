@@ -191,6 +191,8 @@ def test_state_dict(bias: bool, static: bool) -> None:
         "weight_scale": (torch.float32, (N,)),
         "input_scale": (torch.float32, ()),
         "input_zero_point": (torch.int64, ()),
+        "output_scale": (torch.float32, ()),
+        "output_zero_point": (torch.int64, ()),
     } | ({"bias": (torch.float32, (N,))} if bias else {})
     assert list(ours.parameters()) == []
     for tensor in state.values():  # safetensors refuses parts of larger storages
@@ -224,7 +226,7 @@ def test_loading_names_what_is_wrong() -> None:
     state = ours.state_dict()
     with pytest.raises(RuntimeError, match=r"weight_int8 must be in .*from_conv quantises a float"):
         ours.load_state_dict(theirs.state_dict(), strict=False)
-    for name in ("weight_int8", "weight_scale", "input_scale", "input_zero_point"):
+    for name in ("weight_int8", "weight_scale", "input_scale", "output_zero_point"):
         less = {key: value for key, value in state.items() if key != name}
         with pytest.raises(RuntimeError, match=rf'Missing key.*"{name}"'):
             ours.load_state_dict(less)
@@ -232,7 +234,7 @@ def test_loading_names_what_is_wrong() -> None:
         ("weight_int8", state["weight_int8"].float(), r"must be int8 of shape \(24, 16, 3, 3\)"),
         ("weight_int8", state["weight_int8"][:8], r"got torch.int8 of shape \(8, 16, 3, 3\)"),
         ("input_scale", torch.tensor(-1.0), r"input_scale must be positive .* got -1.0 and 0"),
-        ("input_scale", torch.tensor(torch.inf), r"input_scale must be positive .* got inf"),
+        ("output_scale", torch.tensor(torch.inf), r"output_scale must be positive .* got inf"),
         ("input_zero_point", torch.tensor(256), r"input_zero_point in \[0, 255\], got nan and 256"),
     ):
         with pytest.raises(RuntimeError, match=message):

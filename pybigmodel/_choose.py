@@ -42,25 +42,49 @@ def choose(
     choices.trials = {c.path: Trial(c.module, choices.news[c.module]) for c in tried}
     if example_inputs is None:
         return choices
-    # Where int8 is not faster, or the layer does not bear it, a floating one may be.
-    others = {
-        c.path: Trial(c.module, replacement(c.module, "fp32", {}, exact, channels_last))
-        for c in tried
-        if isinstance(c.module, _CONVOLUTIONS) and isinstance(choices.news[c.module], OUR_INT8)
+    run_trials(model, example_inputs, list(choices.trials.values()))
+    _try_floating(model, example_inputs, choices, precision, exact, channels_last)
+    rejected = {
+        path: reason
+        for path, trial in choices.trials.items()
+        if (reason := why_rejected(trial, precision)) is not None
     }
-    run_trials(model, example_inputs, [*choices.trials.values(), *others.values()])
-    rejected = {}
-    for path in list(choices.trials):
-        reason = why_rejected(choices.trials[path], precision)
-        if reason is not None and path in others:
-            choices.in_float[path] = reason
-            trial = choices.trials[path] = others[path]
-            choices.news[trial.original] = trial.candidate
-            reason = why_rejected(trial, precision)
-        if reason is not None:
-            rejected[path] = reason
     choices.left |= rejected | _with_their_units(found, rejected)
     return choices
+
+
+def _try_floating(
+    model: nn.Module,
+    example_inputs: Any,
+    choices: Choices,
+    precision: str,
+    exact: bool,
+    channels_last: bool,
+) -> None:
+    """Where int8 is not faster than torch's, or the layer does not bear it, a floating convolution
+    may be; where the model's input has to be quantised, it may be faster than int8."""
+    doubtful = {
+        path: trial
+        for path, trial in choices.trials.items()
+        if isinstance(trial.original, _CONVOLUTIONS) and isinstance(trial.candidate, OUR_INT8)
+        if trial.on_model_input or (why_rejected(trial, precision) is not None)
+    }
+    others = {
+        path: Trial(trial.original, replacement(trial.original, "fp32", {}, exact, channels_last))
+        for path, trial in doubtful.items()
+    }
+    if others:
+        run_trials(model, example_inputs, list(others.values()))
+    for path, other in others.items():
+        trial = doubtful[path]
+        reason = why_rejected(trial, precision)
+        works = why_rejected(other, precision) is None
+        if reason is None and works and other.speedup > trial.speedup:
+            reason = f"faster in floating point: {other.speedup:.2f}× against {trial.speedup:.2f}×"
+        if reason is not None:
+            choices.in_float[path] = reason
+            choices.trials[path] = other
+            choices.news[other.original] = other.candidate
 
 
 def _replacements(

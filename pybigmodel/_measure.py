@@ -40,6 +40,7 @@ class Trial:
     failure: str | None = None
     compared: bool | None = None  # whether an output said something; None: not called
     other_load: float | None = None  # cores that other processes used during the run
+    on_model_input: bool = False  # whether it was called on that, which is never in int8
     shapes: set[tuple[object, ...]] = field(default_factory=set)
     seconds: tuple[float, float] = (0.0, 0.0)  # of original and candidate, summed over shapes
 
@@ -202,6 +203,7 @@ def _time(
     given: Sequence[Tensor],
 ) -> None:
     shape = _shape_of(arguments)
+    trial.on_model_input = trial.on_model_input or _is_given(arguments, given)
     if shape in trial.shapes or len(trial.shapes) == MAX_SHAPES:
         return
     trial.shapes.add(shape)
@@ -220,8 +222,15 @@ def _in_channels_last(
     """A convolution on its input as the others beside it will leave it: all but the first, which
     gets the model's input."""
     (input, *_), _ = arguments if arguments[0] else ((None,), {})
-    turns = getattr(candidate, "_channels_last", None) and not any(input is one for one in given)
+    turns = getattr(candidate, "_channels_last", None) and not _is_given(arguments, given)
     return _Turned(candidate, input) if turns and isinstance(input, Tensor) else candidate
+
+
+def _is_given(arguments: Arguments, given: Sequence[Tensor]) -> bool:
+    """Whether the first is one of what the model was called with."""
+    args, kwargs = arguments
+    first = next((value for value in (*args, *kwargs.values())), None)
+    return any(first is one for one in given)
 
 
 class _Turned(nn.Module):

@@ -53,9 +53,11 @@ def optimize(
     Every torch.nn.Linear becomes a :class:`pybigmodel.nn.Linear` ("fp32", "bf16") or a
     :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"); every
     MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer and stack of these becomes
-    pybigmodel.nn's of that name, with the linear layers in it, and so does every convolution.
-    ("int8" leaves the projections of queries, keys and values, attention itself and convolutions in
-    the dtype that they have.) A relu, gelu or silu that follows a layer, in a Sequential or in the
+    pybigmodel.nn's of that name, with the linear layers in it. ("int8" leaves the projections of
+    queries, keys and values and attention itself in the dtype that they have.) Every convolution
+    becomes pybigmodel.nn's of that name, or in "int8" a :class:`pybigmodel.nn.Int8Conv2d` (1d, 3d),
+    with dynamic activations or, with example_inputs, in the range that they have there; depthwise,
+    transposed and narrow grouped ones, which would not gain by it, stay floating. A relu, gelu or silu that follows a layer, in a Sequential or in the
     forward of a module as ``self.act(self.dense(x))``, is done with it in one pass where no
     gradient is wanted; so are, after a convolution, a BatchNorm in eval mode, whose factors are
     folded into the weight, a residual and relu6, hardswish or leaky_relu too. What
@@ -71,7 +73,9 @@ def optimize(
             model is run once (in eval mode, without gradients), each layer is timed against its
             replacement on what it gets there, and only what is faster and right is replaced: layers
             that the run does not call stay. Attention and transformer layers are tried as a whole,
-            the outermost of them, and replaced as a whole.
+            the outermost of them, and replaced as a whole. In "int8" it also says in which range
+            the images of convolutions are, so it should be data of the kind that will come; what
+            convolutions give to none but other int8 convolutions stays in uint8.
         include, exclude: name patterns (as "encoder.*.query"; * also matches dots), module types,
             or a sequence of both. A layer matches if it, or a module that contains it, does.
         inplace: False copies the model first (copy.deepcopy: its Parameters too, so that training
@@ -88,8 +92,8 @@ def optimize(
             example_inputs the new model is run once, and that is seen to.
 
     Memory per weight of float32: 4 bytes and 4 more once a layer has run ("fp32"), 4 and 2
-    ("bf16"), 1 and 4 for the original ("int8"). Convolutions: 4 and, for each algorithm that ran, 4
-    (7 or 16 for Winograd's).
+    ("bf16"), 1 and 4 for the original ("int8"). Floating convolutions: 4 and, for each algorithm
+    that ran, 4 (7 or 16 for Winograd's).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; a pattern or type that matches

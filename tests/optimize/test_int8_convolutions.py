@@ -144,6 +144,29 @@ def test_slower_ones_are_floating(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [type(m) for m in fast] == [pbm.nn.Int8Conv2d, pbm.nn.Conv2d, nn.Conv2d]
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_first_layer_is_in_what_is_faster(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its input has to be quantised, which the floating layer spares itself."""
+    timed = []
+
+    def time_pair(original: Any, candidate: Any, arguments: Any) -> tuple[float, float]:
+        timed.append(type(candidate))
+        floating = isinstance(candidate, pbm.nn.Conv2d)
+        return (3.0, 1.0) if floating == faster else (2.0, 1.0)
+
+    monkeypatch.setattr(_measure, "time_pair", time_pair)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1))
+    fast = pbm.optimize(model, "int8", example_inputs=image(), channels_last=False)
+    first, second = pbm.report(fast)
+    assert timed == [pbm.nn.Int8Conv2d, pbm.nn.Int8Conv2d, pbm.nn.Conv2d]
+    assert second.precision == "int8"
+    if faster:
+        assert first.in_float == "faster in floating point: 3.00× against 2.00×"
+    assert (first.precision, first.speedup) == ("fp32" if faster else "int8", 3.0)
+
+
 def test_those_that_do_not_bear_it_are_floating(twice_as_fast: list[nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1))
     with torch.no_grad():

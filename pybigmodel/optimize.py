@@ -57,13 +57,13 @@ def optimize(
     queries, keys and values and attention itself in the dtype that they have.) Every convolution
     becomes pybigmodel.nn's of that name, or in "int8" a :class:`pybigmodel.nn.Int8Conv2d` (1d, 3d),
     with dynamic activations or, with example_inputs, in the range that they have there; depthwise,
-    transposed and narrow grouped ones, which would not gain by it, stay floating. A relu, gelu or silu that follows a layer, in a Sequential or in the
-    forward of a module as ``self.act(self.dense(x))``, is done with it in one pass where no
-    gradient is wanted; so are, after a convolution, a BatchNorm in eval mode, whose factors are
-    folded into the weight, a residual and relu6, hardswish or leaky_relu too. What
-    cannot or should not be replaced stays, and :func:`report` says why. The modules stay the same
-    objects and change their class, so hooks, shared modules, tied weights and what refers to them
-    stay too.
+    transposed and narrow grouped ones, which would not gain by it, stay floating. A relu, gelu or
+    silu that follows a layer, in a Sequential or in the forward of a module as
+    ``self.act(self.dense(x))``, is done with it in one pass where no gradient is wanted; so are,
+    after a convolution, a BatchNorm in eval mode, whose factors are folded into the weight, a
+    residual and relu6, hardswish or leaky_relu too. What cannot or should not be replaced stays,
+    and :func:`report` says why. The modules stay the same objects and change their class, so hooks,
+    shared modules, tied weights and what refers to them stay too.
 
     Args:
         model: any torch.nn.Module. A model in "fp32" or "bf16" trains as before: its Parameters are

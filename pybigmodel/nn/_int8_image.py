@@ -8,7 +8,7 @@ which turns into floats for whoever else asks: a changed model is slower, not wr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -107,25 +107,31 @@ def _called(func: Any, args: Any, kwargs: Any, plain: Callable[[Any], Tensor]) -
 IMAGES = frozenset((Bytes, Seen))
 
 
+Range: TypeAlias = tuple[float, float]
+
+
 class Recorder:
-    """What the layers gave in one run of a model, over which range, and who took it."""
+    """Over which ranges int8 layers are called and what they give, in runs of a model; who takes
+    it."""
 
     def __init__(self) -> None:
         self.taken: set[Any] = set()
         self.foreign: set[Any] = set()
-        self._ranges: dict[Any, tuple[Any, float, float]] = {}
+        self.inputs: dict[Any, Range] = {}
+        self._outputs: dict[Any, Range] = {}
+        self._chains: dict[Any, Any] = {}
+
+    def given(self, layer: Any, x: Tensor) -> None:
+        _widen(self.inputs, layer, x)
 
     def seen(self, layer: Any, chain: Any, y: Tensor) -> Tensor:
         """y, from now on watched. chain: what was done with the layer in one step."""
         if not y.numel() or y.dtype != torch.float32:
             self.foreign.add(layer)
             return y
-        found = torch.aminmax(y)
-        low, high = float(found.min), float(found.max)
-        known = self._ranges.get(layer, (chain, low, high))
-        if known[0] != chain:
+        _widen(self._outputs, layer, y)
+        if self._chains.setdefault(layer, chain) != chain:
             self.foreign.add(layer)
-        self._ranges[layer] = chain, min(low, known[1]), max(high, known[2])
         image: Seen = _make_subclass(Seen, y)
         image.plain, image.recorder, image.producer = y, self, layer
         return image
@@ -136,7 +142,19 @@ class Recorder:
             if isinstance(leaf, Seen):
                 leaf.by_others()
 
-    def ranges(self) -> dict[Any, tuple[Any, float, float]]:
-        """By layer: the chain, the least and the largest value of what int8 layers alone took."""
+    def outputs(self) -> dict[Any, tuple[Any, Range]]:
+        """By layer: the chain, and the range of what int8 layers alone took."""
         alone = self.taken - self.foreign
-        return {layer: seen for layer, seen in self._ranges.items() if layer in alone}
+        return {
+            layer: (self._chains[layer], found)
+            for layer, found in self._outputs.items()
+            if layer in alone
+        }
+
+
+def _widen(ranges: dict[Any, Range], layer: Any, tensor: Tensor) -> None:
+    if tensor.numel():
+        found = torch.aminmax(tensor)
+        low, high = float(found.min), float(found.max)
+        known = ranges.get(layer, (low, high))
+        ranges[layer] = min(low, known[0]), max(high, known[1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pybigmodel._torch_private import forward_ad
 from pybigmodel.nn._conv_fold import fold
 from pybigmodel.nn._conv_plan import Cache, is_channels_last, is_norm, pad_in_mode
-from pybigmodel.nn._int8_image import NOT_QUANTISED
+from pybigmodel.nn._int8_image import NOT_QUANTISED, Recorder
 from pybigmodel.nn._int8_layer import ADVICE, Int8Layer, without_gradient
 from pybigmodel.nn._int8_plan import Int8Plan, int8_conv_op, window_with
 from pybigmodel.ops import pack_int8_conv_weight, quantize_weight
@@ -55,6 +55,7 @@ class _Int8Conv(Int8Layer):
     output_scale: float | None
     output_zero_point: int
     _output_of: tuple[Any, ...] | None
+    _recorder: Recorder | None = None  # while ranges are looked for
     _window: list[int]
     _plans: Cache
     _chains: Cache
@@ -156,19 +157,21 @@ class _Int8Conv(Int8Layer):
         Raises:
             ValueError: the input has NaN or infinity in it.
         """
-        if not input.numel():
-            return
-        found = torch.aminmax(input.detach())
-        low, high = float(found.min), float(found.max)
+        if input.numel():
+            found = torch.aminmax(input.detach())
+            wider = self._quantiser_for(float(found.min), float(found.max))
+            self.input_scale, self.input_zero_point = wider
+
+    def _quantiser_for(self, low: float, high: float) -> tuple[float, int]:
+        """Of a range that holds this one and what it was."""
         if not math.isfinite(high - low):
             raise ValueError(
                 f"{type(self).__name__}.calibrate: input must be finite, got values in "
                 f"[{low}, {high}]"
             )
-        if self.input_scale is not None:
-            zero, scale = self.input_zero_point, self.input_scale
-            low, high = min(low, -zero * scale), max(high, (255 - zero) * scale)
-        self.input_scale, self.input_zero_point = quantiser(low, high)
+        if self.input_scale is None:
+            return quantiser(low, high)
+        return wider_quantiser(self.input_scale, self.input_zero_point, low, high)
 
     def keep_layout(self) -> None:
         """Give images in the layout of the input, where `optimize` had them turned."""
@@ -200,6 +203,8 @@ class _Int8Conv(Int8Layer):
         x = input.unsqueeze(0) if single else input
         if self.padding_mode != "zeros":
             x = pad_in_mode(self, x)
+        if self._recorder is not None:
+            self._recorder.given(self, x)
         last = self._channels_last
         if last is None:
             last = known and is_channels_last(x)
@@ -333,6 +338,14 @@ def quantiser(low: float, high: float) -> tuple[float, int]:
     scale = torch.tensor(high / 255 - low / 255, dtype=torch.float32)
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return float(scale), min(255, round(-low / float(scale)))
+
+
+def wider_quantiser(scale: float, zero_point: int, low: float, high: float) -> tuple[float, int]:
+    """Of a range that holds this one and that of the quantiser, which stays if that suffices."""
+    least, most = -zero_point * scale, (255 - zero_point) * scale
+    if least <= low and high <= most:
+        return scale, zero_point
+    return quantiser(min(low, least), max(high, most))
 
 
 class Int8Conv1d(_Int8Conv):

@@ -262,3 +262,52 @@ def test_without_example_inputs_floats_flow(ran: list[Any]) -> None:
     with torch.no_grad():
         run(fast, x)
     assert {out for _, _, out in ran} == {torch.float32}
+
+
+# --- calibrate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_calibration_on_more_inputs_is_that_on_all(name: str) -> None:
+    """Ranges of several batches are those of one that holds them all; results do not clip."""
+    model, x, more = made(name), image(), 3 * image(3).flip(0)
+    fast, whole = optimized(model, x), optimized(model, torch.cat([x, more]))
+    with torch.no_grad():
+        exact, clipped = run(model, more), difference(run(fast, more), run(model, more))[0]
+        pbm.calibrate(fast, [more[:1], (more[1:],)])
+        assert difference(run(fast, more), exact)[0] < min(3e-2, clipped)
+    pairs = zip(fast.modules(), whole.modules(), strict=True)
+    layers = [(a, b) for a, b in pairs if isinstance(a, pbm.nn.Int8Conv2d)]
+    assert len(layers) == MODELS[name][1]
+    for a, b in layers:
+        assert a.input_scale == pytest.approx(b.input_scale, rel=0.1)
+        assert (a.output_scale is None) == (b.output_scale is None)
+        if a.output_scale is not None:
+            assert a.output_scale == pytest.approx(b.output_scale, rel=0.1)
+            assert a._output_of == b._output_of
+
+
+def test_calibration_makes_ranges_static() -> None:
+    model, x = block(lambda y, z: z), image()
+    fast = pbm.optimize(model, "int8")
+    pbm.calibrate(fast, [x])
+    low, high = float(x.min()), float(x.max())
+    assert fast.first.input_scale == pytest.approx((high - low) / 255)
+    assert fast.first.output_scale is None and fast.second.input_scale is not None
+    before = copy.deepcopy(fast.state_dict())
+    pbm.calibrate(fast, [x / 2])  # within what is known
+    torch.testing.assert_close(fast.state_dict(), before, equal_nan=True)
+
+
+def test_calibration_leaves_a_model_as_it_was_where_it_fails() -> None:
+    model, x = block(lambda y, z: z), image()
+    fast = optimized(model, x)
+    before = copy.deepcopy(fast.state_dict())
+    with pytest.raises(TypeError, match="example_inputs must be a tensor, a tuple"):
+        pbm.calibrate(fast, [3])
+    with pytest.raises(ValueError, match="input must be finite"):
+        pbm.calibrate(fast, [x / 0])
+    torch.testing.assert_close(fast.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    assert not any("_recorder" in vars(m) for m in fast.modules())
+    with pytest.raises(ValueError, match="calibrate: model must have int8 convolutions, got none"):
+        pbm.calibrate(model, [x])

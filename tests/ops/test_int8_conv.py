@@ -207,11 +207,13 @@ def test_threads_and_repeats_agree(isa: str, threads: None) -> None:
         Geometry(2, (64, 96), (20, 20), (1, 1)),
     ):
         filters, x = Filters(geometry), image(geometry, torch.float32)
+        bias = torch.randn(geometry.channels[1])
+        residual = torch.randn_like(filters.run(x))
         for options in ({}, {**STATIC, **OUT}):
             results = []
-            for count in (1, 2, 2, 3):
+            for count in (1, 2, 2, 3, 5):
                 torch.set_num_threads(count)
-                results.append(filters.run(x, **options))
+                results.append(filters.run(x, bias, residual=residual, **options))
             for result in results[1:]:
                 assert_exact(result, results[0])
 
@@ -219,23 +221,30 @@ def test_threads_and_repeats_agree(isa: str, threads: None) -> None:
 def test_images_do_not_depend_on_the_batch(isa: str) -> None:
     geometry = Geometry(5, (20, 33), (7, 9), (3, 3), padding=same(3, 3))
     filters, x = Filters(geometry), image(geometry, torch.float32)
-    whole = filters.run(x, **STATIC)
+    bias, residual = torch.randn(33), torch.randn(5, 33, 7, 9)
+    whole = filters.run(x, bias, residual=residual, **STATIC)
     for begin, end in [(0, 1), (2, 4), (4, 5)]:
-        assert_exact(filters.run(x[begin:end], **STATIC), whole[begin:end])
+        part = residual[begin:end]
+        assert_exact(filters.run(x[begin:end], bias, residual=part, **STATIC), whole[begin:end])
 
 
 @pytest.mark.parametrize("geometry", [PLAIN, *MORE], ids=str)
-def test_tiers_agree_to_the_bit(geometry: Geometry) -> None:
-    """Quantisation, integer sums and the linear part of the epilogue round alike on every tier."""
+def test_tiers_agree(geometry: Geometry) -> None:
+    """Quantised values and integer sums to the bit; what follows them by a few roundings."""
     filters, x = Filters(geometry), image(geometry, torch.float32)
-    bias = torch.randn(geometry.channels[1])
-    for options in ({}, STATIC, {**STATIC, **OUT}):
-        results = []
-        for name in available_isas():
-            with force_isa(name):
-                results.append(filters.run(x, bias, activation="relu", **options))
-        for result in results[1:]:
-            assert_exact(result, results[0])
+    bias, ones = torch.randn(geometry.channels[1]), torch.ones(geometry.channels[1])
+    whole = Filters(geometry)
+    whole.scale = ones
+    sums = []
+    for name in available_isas():
+        with force_isa(name):
+            sums.append(whole.run(x, input_scale=2.0**-6, input_zero_point=100))
+            y = filters.run(x, bias, activation="relu", **STATIC)
+            within_rounding(y, filters.exact(x, bias, activation="relu", **STATIC))
+            codes = filters.run(x, bias, **STATIC, **OUT)
+            same_bytes(codes, filters.exact(x, bias, **STATIC), *OUT.values())
+    for one in sums[1:]:
+        assert_exact(one, sums[0])
 
 
 @pytest.mark.parametrize("sign", [1, -1])

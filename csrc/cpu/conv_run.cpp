@@ -66,32 +66,6 @@ void run_direct(const ConvShape& s, Conv conv, bool rows) {
 
 namespace {
 
-// A 1×1 convolution of stride 1 is a product of pixels; whether these lie at one distance.
-bool is_product(const ConvShape& s, const ConvImage& x) {
-  if (s.taps() != 1 || s.groups != 1) return false;
-  int64_t distance = x.stride[2] * x.size[2];
-  for (int axis = 2; axis >= 0; axis--)
-    if (s.stride[axis] != 1 || s.pad[axis] || s.pad_end[axis]) return false;
-  if (x.size[1] > 1 && x.stride[1] != distance) return false;
-  distance *= x.size[1];
-  if (x.size[0] > 1 && x.stride[0] != distance) return false;
-  return s.batch == 1 || x.batch_stride == distance * x.size[0];
-}
-
-void run_product(const ConvShape& s, const Conv& conv) {
-  Gemm g = conv.out_rows;
-  g.m = s.pixels();
-  g.k = s.c;
-  g.a = conv.x.data;
-  g.a_dtype = g.flavour == Flavour::f32 ? DType::f32 : DType::bf16;
-  g.a_row = conv.x.stride[2];
-  g.a_col = 1;
-  g.prepare = APrepare::none;
-  g.b = conv.weight;
-  g.b_packed = true;
-  run_gemm(g);
-}
-
 void run_winograd(const ConvShape& s, const Conv& conv, int m) {
   const Winograd p{conv, m, {s.pad[1], s.pad[2]}};
   const int64_t tiles = s.batch * ceil_div(s.out(1), m) * ceil_div(s.out(2), m);
@@ -255,7 +229,7 @@ Tensor run_conv(const Tensor& input, const ConvShape& s, Flavour flavour, ConvAl
     case ConvAlgorithm::winograd2: run_winograd(s, conv, 2); break;
     case ConvAlgorithm::winograd4: run_winograd(s, conv, 4); break;
     case ConvAlgorithm::depthwise: run_depthwise(depthwise_of(s, conv, dtype)); break;
-    default: is_product(s, x.image) ? run_product(s, conv) : run_direct(s, conv, merged);
+    default: run_direct(s, conv, merged);
   }
   return out.finish();
 }

@@ -96,5 +96,12 @@ void test_gemm(const Options&);
 void test_attention(const Options&);
 void test_attention_decode(const Options&);
 void test_additive(const Options&);
+void test_conv_algorithm(const Options&);
+void test_conv_copy(const Options&);
+void test_conv_depthwise(const Options&);
+void test_conv_direct(const Options&);
+void test_conv_planes(const Options&);
+void test_conv_weight_gradient(const Options&);
+void test_conv_winograd(const Options&);
 
 }  // namespace pbm::test

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels/tiers.h"
-#include "elements.h"
+#include "epilogue_case.h"
 
 namespace pbm::test {
 
@@ -17,9 +17,9 @@ struct RowOperand {
   bool poisoned = false;
 };
 
-struct GemmCase {
+struct GemmCase : EpilogueOperands {
   Gemm g{};
-  Exact a, b, packed, c, scale, bias, residual;  // b: as given, before packing
+  Exact a, b, packed;  // b: as given, before packing
   DType b_dtype = DType::f32;
   int64_t b_row = 0, b_col = 0;
 
@@ -27,8 +27,6 @@ struct GemmCase {
     const double w = get(b_dtype, b.data(), p * b_row + j * b_col);
     return g.flavour == Flavour::bf16 ? from_bf16(to_bf16(static_cast<float>(w))) : w;
   }
-
-  DType residual_dtype() const { return g.c_dtype == DType::u8 ? DType::f32 : g.c_dtype; }
 
   RowOperand row(int64_t i) const {
     RowOperand r;
@@ -121,33 +119,11 @@ inline void choose_b(Rng& rng, GemmCase& c) {
 
 inline void choose_c(Rng& rng, GemmCase& c) {
   Gemm& g = c.g;
-  constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f16};
-  g.c_dtype = rng.chance(5) ? DType::u8 : rng.of(kFloats);
-  if (g.c_dtype == DType::u8) {
-    g.c_inverse_scale = 4 + 4 * std::fabs(rng.value());
-    g.c_zero_point = static_cast<int32_t>(rng.below(256));
-  }
+  choose_c_dtype(rng, g);
   g.c_row = g.n + rng.below(3);
   c.c = Exact(((g.m - 1) * g.c_row + g.n) * size_of(g.c_dtype), rng.chance(2) ? size_of(g.c_dtype) : 0);
   g.c = c.c.data();
-  if (g.flavour == Flavour::u8s8) {
-    c.scale = random_elements(rng, DType::f32, g.n);
-    for (int64_t j = 0; j < g.n; j++) c.scale.as<float>()[j] = (std::fabs(rng.value()) + 0.01f) / 64;
-    g.col_scale = c.scale.as<float>();
-  }
-  if (rng.chance(2)) {
-    g.bias_dtype = rng.chance(2) ? DType::f32 : c.residual_dtype();
-    c.bias = random_elements(rng, g.bias_dtype, g.n);
-    g.bias = c.bias.data();
-  }
-  g.activation = rng.chance(2) ? Activation::none : static_cast<Activation>(rng.below(kActivationCount));
-  g.slope = 0.1f;
-  g.residual_first = rng.chance(2);
-  if (rng.chance(2)) {
-    g.residual_row = rng.chance(10) ? 0 : g.n + rng.below(3);
-    c.residual = random_elements(rng, c.residual_dtype(), (g.m - 1) * g.residual_row + g.n);
-    g.residual = c.residual.data();
-  }
+  choose_epilogue(rng, g, c, g.m, g.n);
 }
 
 inline GemmCase random_case(Rng& rng) {

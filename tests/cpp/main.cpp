@@ -22,7 +22,14 @@ int main(int argc, char** argv) {
                           {"gemm", test::test_gemm},
                           {"attention", test::test_attention},
                           {"attention_decode", test::test_attention_decode},
-                          {"additive", test::test_additive}};
+                          {"additive", test::test_additive},
+                          {"conv_algorithm", test::test_conv_algorithm},
+                          {"conv_copy", test::test_conv_copy},
+                          {"conv_depthwise", test::test_conv_depthwise},
+                          {"conv_direct", test::test_conv_direct},
+                          {"conv_planes", test::test_conv_planes},
+                          {"conv_weight_gradient", test::test_conv_weight_gradient},
+                          {"conv_winograd", test::test_conv_winograd}};
   test::Options options;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; i++) {

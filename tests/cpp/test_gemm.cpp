@@ -9,25 +9,6 @@
 namespace pbm::test {
 namespace {
 
-double activation(Activation a, double x, double slope) {
-  switch (a) {
-    case Activation::none: return x;
-    case Activation::relu: return x > 0 ? x : 0;
-    case Activation::gelu_erf: return 0.5 * x * std::erfc(-x * std::sqrt(0.5));
-    case Activation::gelu_tanh: return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::silu: return x / (1 + std::exp(-x));
-    case Activation::relu6: return std::fmin(std::fmax(x, 0), 6);
-    case Activation::hardswish: return x * std::fmin(std::fmax(x + 3, 0), 6) / 6;
-    case Activation::leaky_relu: return x < 0 ? x * slope : x;
-  }
-  return x;
-}
-
-// One output in double, and how far the kernel may be from it.
-struct Expected {
-  double y, bound;
-};
-
 Expected expected(const GemmCase& c, const RowOperand& row, int64_t i, int64_t j) {
   const Gemm& g = c.g;
   double sum = 0, size = 0, weights = 0;
@@ -49,22 +30,7 @@ Expected expected(const GemmCase& c, const RowOperand& row, int64_t i, int64_t j
     const double terms = static_cast<double>(g.k < 512 ? g.k : 512) + static_cast<double>(g.k) / 256 + 4;
     bound = size * terms * 0x1p-23;
   }
-  const double bias = g.bias ? get(g.bias_dtype, g.bias, j) : 0;
-  const double residual = g.residual ? get(c.residual_dtype(), g.residual, i * g.residual_row + j) : 0;
-  const double before = sum + bias + (g.residual_first ? residual : 0);
-  bound += (std::fabs(before) + std::fabs(sum + bias)) * 0x1p-24;
-  double y = activation(g.activation, before, g.slope);
-  // |act'| <= 1.5; the activations' own error, relative to x (vecmath.h).
-  bound = 1.5 * bound + (g.activation > Activation::relu ? std::fabs(before) * 1e-6 : 0);
-  if (!g.residual_first) {
-    y += residual;
-    bound += std::fabs(y) * 0x1p-24;
-  }
-  if (g.c_dtype == DType::u8) {
-    const double q = y * g.c_inverse_scale + g.c_zero_point;
-    return {std::fmin(std::fmax(q, 0), 255), bound * g.c_inverse_scale * 1.01 + 0.5 + std::fabs(q) * 0x1p-22};
-  }
-  return {y, bound * 1.01 + rounding(g.c_dtype, std::fabs(y) + bound)};
+  return finished(g, i, j, sum, bound);
 }
 
 void run(Isa isa, const Gemm& g, int64_t threads) {

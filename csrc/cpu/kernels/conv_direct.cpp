@@ -34,6 +34,8 @@ struct Pixels {
     batch++;
   }
 };
+// Weights that every tile may read anew: they stay in L1, or nearly.
+constexpr int64_t kShortWeights = int64_t{64} << 10;
 
 // From one group's channels to the next's.
 int64_t group_bytes(const Conv& conv) {
@@ -64,23 +66,44 @@ class Table {
     }
   }
 
+  // Bytes between one row and the next where this is the same for all and there is one tap; else 0.
+  int64_t distance() const {
+    if (grid_.tap_count != 1 || grid_.in_step[0] * grid_.in_step[1] * grid_.in_step[2] != 1) return 0;
+    int64_t stride = conv_.x.stride[2];
+    for (int axis = 2; axis >= 0; axis--) {
+      if (grid_.taps[0].at[axis] != 0 || grid_.count[axis] != conv_.x.size[axis]) return 0;
+      const int64_t next = axis > 0 ? conv_.x.stride[axis - 1] : conv_.x.batch_stride;
+      const int64_t outer = axis > 0 ? grid_.count[axis - 1] : conv_.batch;
+      if (outer > 1 && next != stride * grid_.count[axis]) return 0;
+      stride *= grid_.count[axis];
+    }
+    return conv_.x.stride[2] * size_;
+  }
+
   void make(Range rows, const char** table, bool* whole) const {
-    const int64_t taps = grid_.tap_count;
+    const int64_t taps = grid_.tap_count, step = grid_.in_step[2], pixel = step * conv_.x.stride[2] * size_;
     Pixels p = Pixels::from(grid_, rows.begin);
-    for (int64_t r = rows.begin; r < rows.end; r++, p.next(grid_), table += taps) {
-      const int64_t at[3] = {p.at[0] * grid_.in_step[0], p.at[1] * grid_.in_step[1], p.at[2] * grid_.in_step[2]};
+    for (int64_t r = rows.begin; r < rows.end;) {  // pixels beside each other
+      const int64_t count = min64(grid_.count[2] - p.at[2], rows.end - r);
+      int64_t at[3] = {p.at[0] * grid_.in_step[0], p.at[1] * grid_.in_step[1], p.at[2] * step};
       const ConvImage& x = conv_.x;
       const char* first =
           data_ + (p.batch * x.batch_stride + at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2]) * size_;
-      bool inside = true;
-      for (int axis = 0; axis < 3; axis++) inside = inside && at[axis] >= low_[axis] && at[axis] < high_[axis];
-      for (int64_t t = 0; t < taps; t++) table[t] = first + offsets_[t];
-      if (!inside) hide(at, table);
-      *whole++ = inside;
+      const bool row_inside = inside(0, at[0]) && inside(1, at[1]);
+      for (int64_t i = 0; i < count; i++, first += pixel, at[2] += step, table += taps) {
+        for (int64_t t = 0; t < taps; t++) table[t] = first + offsets_[t];
+        *whole = row_inside && inside(2, at[2]);
+        if (!*whole++) hide(at, table);
+      }
+      r += count;
+      p.at[2] += count - 1;
+      p.next(grid_);
     }
   }
 
  private:
+  bool inside(int axis, int64_t at) const { return at >= low_[axis] && at < high_[axis]; }
+
   // Taps outside the image read zeros.
   void hide(const int64_t (&at)[3], const char** table) const {
     for (int64_t t = 0; t < grid_.tap_count; t++)
@@ -108,17 +131,17 @@ class Output {
       scale_[r] = conv.x_scale;
       zero_[r] = conv.x_zero;
     }
-    in_registers_ = whole_ && finish_of(g_, conv, &first_);
-    here_ = first_;
+    in_registers_ = whole_ && finish_of(g_, conv, &finish_, &first_);
   }
 
-  // How columns [col, col + columns) of rows from `row` on are finished in registers; null where they are not.
-  const Finish* finish(int64_t row, int64_t col, int64_t columns, const int32_t* sums, int64_t sums_panel) {
-    if (!in_registers_ || col + columns > g_.n) return nullptr;
-    move_finish(first_, row, col, &here_);
-    here_.sums = sums;
-    here_.sums_panel = sums_panel;
-    return &here_;
+  // How tiles are finished in registers; null where they are not.
+  const Finish* finish() const { return in_registers_ ? &finish_ : nullptr; }
+  void set_sums_panel(int64_t ints) { finish_.sums_panel = ints; }
+  FinishAt at(int64_t row, int64_t col, const int32_t* sums) const {
+    FinishAt here = first_;
+    here.sums = sums;
+    here.move(finish_, row, col, 0);
+    return here;
   }
 
   // Rows from `row` of the grid on, at most a tile of them.
@@ -151,7 +174,8 @@ class Output {
   const ConvGrid& grid_;
   Gemm g_;
   bool whole_ = true, in_registers_;
-  Finish first_{}, here_;
+  Finish finish_{};
+  FinishAt first_{};
   float scale_[8];
   int32_t zero_[8];
 };
@@ -231,9 +255,13 @@ class TileSum {
     p_.b_tap = lanes * kGroupBytes;
   }
 
+  // Bytes from where the table points to where it means.
+  void shift_rows(int64_t bytes) { shift_ = bytes; }
+
   // The tile's first row in the table, its panels, its accumulators.
   void begin(const char* const* table, const char* b, void* c, int64_t ldc, bool accumulate, int64_t soon) {
     table_ = table;
+    p_.repeats = 1;
     b_ = b;
     c_tile_ = static_cast<char*>(c);
     p_.ldc = ldc;
@@ -250,7 +278,7 @@ class TileSum {
         p_.rows = table_ + row * grid_.tap_count + t;
         p_.taps = grid_.taps + t;
         p_.tap_count = min64(taps_at_once_, tap_end - t);
-        p_.a_offset = lane * lane_bytes(flavour_);
+        p_.a_offset = shift_ + lane * lane_bytes(flavour_);
         p_.b = b_ + lane * kGroupBytes;
         p_.k = min64(lanes_at_once_ * per_lane, c_ - lane * per_lane);
         p_.finish = t + taps_at_once_ >= tap_end && lane + lanes_at_once_ >= lanes_ ? finish : nullptr;
@@ -258,6 +286,13 @@ class TileSum {
         p_.accumulate = true;
       }
   }
+
+  // Where add's finish puts the tile, and how many groups of panels it does so; of more than one the sum is one piece.
+  void finish_at(const FinishAt& at, int64_t repeats) {
+    p_.at = at;
+    p_.repeats = repeats;
+  }
+  bool is_one_piece() const { return taps_at_once_ >= grid_.tap_count && lanes_at_once_ >= lanes_; }
 
   // The same where some taps of some rows lie outside: of each tap the rows from the first to the last that see it.
   void add_visible(int64_t tap, int64_t tap_end, int64_t rows, int64_t panels) {
@@ -279,7 +314,7 @@ class TileSum {
 
  private:
   Flavour flavour_;
-  int64_t c_, lanes_, taps_at_once_, lanes_at_once_;
+  int64_t c_, lanes_, taps_at_once_, lanes_at_once_, shift_ = 0;
   const ConvGrid& grid_;
   const char* zeros_;
   const char* const* table_;
@@ -301,12 +336,21 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   Output output(conv, grid, group);
   const Table where(conv, grid, group);
   TileSum sum(conv, grid, lanes, panel_bytes);
-  const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, panels.end - panels.begin);
-  // Taps whose weights stay in L2 while the rows of a block pass by.
-  const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width, 1), 1);
+  // For all panels, not for those of this call: the order of a sum at the border depends on the height of its tile, and
+  // must not depend on the number of threads.
+  const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, ceil_div(conv.out_rows.n, kPanel));
+  // Taps whose weights stay in L2 while the rows of a block pass by: whole chains, so that a sum does not depend on the
+  // width of its tile.
+  const int64_t chain = max64(sum_lanes(flavour) / max64(lanes, 1), 1);
+  const int64_t taps_at_once = max64(kWeightBytes / max64(tap_bytes * tiling.width * chain, 1), 1) * chain;
   // What hides taps from a quantised image is its zero point, which the sums of the weights count on. Narrow images share
   // a tile with the next one: the order of a pixel's sum would depend on where the tile begins.
   const bool may_skip = flavour != Flavour::u8s8 && tiling.unit > 1;
+  // Short panels pass by a tile all at once.
+  output.set_sums_panel(panel_bytes / 4);
+  const int64_t all_bytes = (panels.end - panels.begin) * panel_bytes;
+  const bool at_once = output.finish() && sum.is_one_piece() && taps_at_once >= taps && all_bytes <= kShortWeights;
+  const int64_t distance = where.distance();
 
   for (int64_t r0 = rows.begin; r0 < rows.end;) {
     const int64_t left = ceil_div(rows.end - r0, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
@@ -316,11 +360,20 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
         static_cast<const char**>(scratch(ScratchSlot::a_rows, static_cast<size_t>(count) * row_bytes));
     Cut* cuts = reinterpret_cast<Cut*>(table + taps * count);
     bool* whole = reinterpret_cast<bool*>(cuts + count);
-    where.make({r0, r0 + count}, table, whole);
+    // Where all rows lie at one distance the first block's table serves the others.
+    const bool made = distance != 0 && r0 > rows.begin;
+    if (!made) where.make({r0, r0 + count}, table, whole);
+    sum.shift_rows(made ? (r0 - rows.begin) * distance : 0);
     const int64_t tiles = cut_rows(tiling, count, whole, cuts);
+    bool all_inside = taps > 0;
+    for (int64_t i = 0; i < tiles; i++) all_inside = all_inside && (cuts[i].inside || !may_skip);
     char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(count * tiling.width) * 64));
-    for (int64_t j = panels.begin, width; j < panels.end; j += width) {
+    for (int64_t j = panels.begin, width, repeats; j < panels.end; j += width * repeats) {
       width = even(panels.end - j, tiling.width);
+      repeats = 1;
+      if (all_inside && at_once)
+        while (j + width * repeats < panels.end && even(panels.end - j - width * repeats, tiling.width) == width)
+          repeats++;
       const int64_t columns = width * kPanel;
       const char* b = weight + j * panel_bytes;
       const int32_t* sums = reinterpret_cast<const int32_t*>(b + conv.taps * tap_bytes);
@@ -334,8 +387,8 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
           char* c = acc + cut.row * columns * 4;
           sum.begin(table + cut.row * taps, b, c, columns, tap > 0, i < width && more ? next + i * panel_bytes : 0);
           const bool all_taps = taps > 0 && (cut.inside || !may_skip), last = tap_end == taps;
-          const Finish* finish =
-              last && all_taps ? output.finish(r0 + cut.row, j * kPanel, columns, sums, panel_bytes / 4) : nullptr;
+          const Finish* finish = last && all_taps ? output.finish() : nullptr;
+          if (finish) sum.finish_at(output.at(r0 + cut.row, j * kPanel, sums), repeats);
           if (all_taps)
             sum.add(tap, tap_end, 0, cut.height, width, finish);
           else

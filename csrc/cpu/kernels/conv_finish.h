@@ -8,79 +8,133 @@
 namespace pbm::PBM_TIER {
 
 enum class Operand : int { none, f32, bf16, u8 };
+constexpr int64_t bytes_of(Operand t) {
+  return t == Operand::f32 ? 4 : t == Operand::bf16 ? 2 : t == Operand::u8 ? 1 : 0;
+}
 
+// What is the same for all tiles of a call.
 struct Finish {
-  void* out;  // the tile's first value; f32, bf16, u8
-  Operand out_type;
-  int64_t out_row;  // elements
-  const float* bias;
-  const void* residual;
-  Operand residual_type;
-  int64_t residual_row;
-  float low, high;  // what the activation cuts off
+  Operand out_type, residual_type;
+  int64_t out_row, residual_row;  // elements
+  float low, high;                // what the activation cuts off
   // u8s8: y = (acc − x_zero·sum)·col_scale·x_scale, and all of it times out_inverse, which is 1 for floats.
-  const float* col_scale;
-  const int32_t* sums;
-  int64_t sums_panel;
   float x_scale, residual_scale, out_inverse;
   int32_t x_zero, residual_zero, out_zero;
+  int64_t sums_panel;
 };
 
-PBM_INLINE Vec with_residual(const Finish& f, Vec y, int64_t at) {
-  if (f.residual_type == Operand::none) return y;
-  if (f.residual_type == Operand::bf16) return add(y, load16<DType::bf16>(f.residual, at));
-  return add(y, load(static_cast<const float*>(f.residual) + at));
-}
+// Where a tile's first value is.
+struct FinishAt {
+  char* out;
+  const char* residual;
+  const float *bias, *col_scale;
+  const int32_t* sums;
+  int64_t columns;  // that exist, from here on
 
-PBM_INLINE void finish_value(const Finish& f, Vec y, int64_t row, int64_t column) {
-  y = with_residual(f, y, row * f.residual_row + column);
-  y = vmin(set1(f.high), vmax(set1(f.low), y));  // NaN stays: the second operand
-  const int64_t at = row * f.out_row + column;
-  f.out_type == Operand::bf16 ? store16<DType::bf16>(f.out, at, y) : store16<DType::f32>(f.out, at, y);
-}
-
-PBM_INLINE Vec with_residual(const Finish& f, Vec y, Vec inverse, int64_t at) {
-  if (f.residual_type == Operand::none) return y;
-  if (f.residual_type == Operand::f32) return fmadd(load(static_cast<const float*>(f.residual) + at), inverse, y);
-  const IVec r = isub(widen_u8(static_cast<const uint8_t*>(f.residual) + at), iset1(f.residual_zero));
-  return fmadd(to_float(r), set1(f.residual_scale), y);
-}
-
-// y, its bounds and its residual's scale are in units of the output.
-PBM_INLINE void finish_integer(const Finish& f, Vec y, int64_t row, int64_t column) {
-  y = with_residual(f, y, set1(f.out_inverse), row * f.residual_row + column);
-  const int64_t at = row * f.out_row + column;
-  if (f.out_type == Operand::u8) {  // here NaN becomes the least byte: the first operand
-    y = vmin(vmax(y, set1(f.low)), set1(f.high));
-    narrow_u8(static_cast<uint8_t*>(f.out) + at, iadd(to_int(y), iset1(f.out_zero)));
-  } else {
-    store(static_cast<float*>(f.out) + at, vmin(set1(f.high), vmax(set1(f.low), y)));
+  void move(const Finish& f, int64_t rows, int64_t cols, int64_t panels) {
+    out += (rows * f.out_row + cols) * bytes_of(f.out_type);
+    residual += (rows * f.residual_row + cols) * bytes_of(f.residual_type);
+    if (bias) bias += cols;
+    if (col_scale) col_scale += cols;
+    sums += panels * f.sums_panel;
+    columns -= cols;
   }
+};
+
+// The last panel of a tile may have fewer columns than lanes; the others have not.
+template <int NV>
+PBM_INLINE int lanes_of(const FinishAt& at, int j) {
+  const int64_t left = at.columns - (NV - 1) * kWidth;
+  return j < NV - 1 || left >= kWidth ? kWidth : static_cast<int>(left);
+}
+
+PBM_INLINE Vec load_some(const float* p, int n) { return n == kWidth ? load(p) : load_n(p, n); }
+
+PBM_INLINE Vec with_residual(const Finish& f, Vec y, const char* at, int64_t i, int n) {
+  if (f.residual_type == Operand::none) return y;
+  if (f.residual_type == Operand::bf16) return add(y, load16_n<DType::bf16>(at, i, n));
+  return add(y, load_some(reinterpret_cast<const float*>(at) + i, n));
 }
 
 // c: what was summed before, or null.
 template <int MR, int NV>
-PBM_INLINE void finish_tile(const Finish& f, Vec (&acc)[MR][NV], const void* c, int64_t ldc) {
+PBM_INLINE void finish_tile(const Finish& f, const FinishAt& at, Vec (&acc)[MR][NV], const void* c, int64_t ldc) {
   const float* before = static_cast<const float*>(c);
+  const Vec low = set1(f.low), high = set1(f.high);
   PBM_UNROLL for (int j = 0; j < NV; j++) {
-    const Vec bias = f.bias ? load(f.bias + j * kWidth) : zero();
+    const int n = lanes_of<NV>(at, j);
+    const Vec bias = at.bias ? load_some(at.bias + j * kWidth, n) : zero();
     PBM_UNROLL for (int i = 0; i < MR; i++) {
-      const Vec sum = before ? add(load(before + i * ldc + j * kWidth), acc[i][j]) : acc[i][j];
-      finish_value(f, add(sum, bias), i, j * kWidth);
+      Vec y = add(before ? add(load(before + i * ldc + j * kWidth), acc[i][j]) : acc[i][j], bias);
+      y = with_residual(f, y, at.residual, i * f.residual_row + j * kWidth, n);
+      y = vmin(high, vmax(low, y));  // NaN stays: the second operand
+      const int64_t out = i * f.out_row + j * kWidth;
+      f.out_type == Operand::bf16 ? store16_n<DType::bf16>(at.out, out, y, n)
+                                  : store16_n<DType::f32>(at.out, out, y, n);
+    }
+  }
+}
+
+// Panel j of a tile of integers, as y in units of the output.
+template <int MR, int NV>
+PBM_INLINE void scale_panel(const Finish& f, const FinishAt& at, const IVec (&acc)[MR][NV], int j,
+                            const int32_t* before, int64_t ldc, Vec (&y)[MR]) {
+  const int n = lanes_of<NV>(at, j);
+  const IVec hidden = imul(iload(at.sums + j * f.sums_panel), iset1(f.x_zero));
+  const Vec scale = mul(load_some(at.col_scale + j * kWidth, n), set1(f.x_scale));
+  const Vec bias = at.bias ? mul(load_some(at.bias + j * kWidth, n), set1(f.out_inverse)) : zero();
+  PBM_UNROLL for (int i = 0; i < MR; i++) {
+    const IVec sum = before ? iadd(iload(before + i * ldc + j * kWidth), acc[i][j]) : acc[i][j];
+    y[i] = fmadd(to_float(isub(sum, hidden)), scale, bias);
+  }
+}
+
+PBM_INLINE Vec with_scaled_residual(const Finish& f, Vec y, const char* at, int64_t i, int n) {
+  if (f.residual_type == Operand::f32)
+    return fmadd(load_some(reinterpret_cast<const float*>(at) + i, n), set1(f.out_inverse), y);
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(at) + i;
+  alignas(16) uint8_t some[16] = {};
+  if (n < kWidth) from = static_cast<const uint8_t*>(std::memcpy(some, from, static_cast<size_t>(n)));
+  return fmadd(to_float(isub(widen_u8(from), iset1(f.residual_zero))), set1(f.residual_scale), y);
+}
+
+// NaN becomes the least byte: the first operand.
+PBM_INLINE IVec byte_of(const Finish& f, Vec y) {
+  return iadd(to_int(vmin(vmax(y, set1(f.low)), set1(f.high))), iset1(f.out_zero));
+}
+
+template <int NV>
+PBM_INLINE void store_bytes(const IVec (&bytes)[NV], uint8_t* out, int last) {
+  if constexpr (NV == 4) {
+    if (last == kWidth) return saturate_bytes<false>(out, bytes);
+  }
+  PBM_UNROLL for (int j = 0; j < NV; j++) {
+    if (j < NV - 1 || last == kWidth) {
+      narrow_u8(out + j * kWidth, bytes[j]);
+    } else {
+      uint8_t some[16];
+      narrow_u8(some, bytes[j]);
+      std::memcpy(out + j * kWidth, some, static_cast<size_t>(last));
     }
   }
 }
 
 template <int MR, int NV>
-PBM_INLINE void finish_tile(const Finish& f, IVec (&acc)[MR][NV], const void* c, int64_t ldc) {
-  const int32_t* before = static_cast<const int32_t*>(c);
-  PBM_UNROLL for (int j = 0; j < NV; j++) {
-    const IVec hidden = imul(iload(f.sums + j * f.sums_panel), iset1(f.x_zero));
-    const Vec scale = mul(load(f.col_scale + j * kWidth), set1(f.x_scale));
-    const Vec bias = f.bias ? mul(load(f.bias + j * kWidth), set1(f.out_inverse)) : zero();
-    PBM_UNROLL for (int i = 0; i < MR; i++) {
-      const IVec sum = before ? iadd(iload(before + i * ldc + j * kWidth), acc[i][j]) : acc[i][j];
-      finish_integer(f, fmadd(to_float(isub(sum, hidden)), scale, bias), i, j * kWidth);
+PBM_INLINE void finish_tile(const Finish& f, const FinishAt& at, IVec (&acc)[MR][NV], const void* c, int64_t ldc) {
+  Vec y[NV][MR];
+  PBM_UNROLL for (int j = 0; j < NV; j++) scale_panel<MR, NV>(f, at, acc, j, static_cast<const int32_t*>(c), ldc, y[j]);
+  if (f.residual_type != Operand::none)
+    PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++)
+      y[j][i] = with_scaled_residual(f, y[j][i], at.residual, i * f.residual_row + j * kWidth, lanes_of<NV>(at, j));
+  PBM_UNROLL for (int i = 0; i < MR; i++) {
+    if (f.out_type == Operand::u8) {
+      IVec bytes[NV];
+      PBM_UNROLL for (int j = 0; j < NV; j++) bytes[j] = byte_of(f, y[j][i]);
+      store_bytes<NV>(bytes, reinterpret_cast<uint8_t*>(at.out) + i * f.out_row, lanes_of<NV>(at, NV - 1));
+    } else {
+      PBM_UNROLL for (int j = 0; j < NV; j++)
+        store16_n<DType::f32>(at.out, i * f.out_row + j * kWidth, vmin(set1(f.high), vmax(set1(f.low), y[j][i])),
+                              lanes_of<NV>(at, j));
     }
   }
 }
@@ -97,30 +151,29 @@ inline Operand operand_of(DType t) {
   return t == DType::f32 ? Operand::f32 : t == DType::bf16 ? Operand::bf16 : t == DType::u8 ? Operand::u8 : Operand::none;
 }
 
-// The epilogue of a group from its first row and column on, if it is of the kind that is done here.
-inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f) {
+// The epilogue of a group, if it is of the kind that is done here, and where its first value is.
+inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f, FinishAt* at) {
   if (!clamps(g.activation, &f->low, &f->high) || (g.bias && g.bias_dtype != DType::f32) ||
       (g.residual && !g.residual_first))
     return false;
   const bool integers = g.flavour == Flavour::u8s8, bytes = g.c_dtype == DType::u8;
   f->out_type = operand_of(g.c_dtype);
-  if (f->out_type == Operand::none || (integers && f->out_type == Operand::bf16)) return false;
-  f->out = g.c;
+  if (f->out_type == Operand::none || f->out_type == (integers ? Operand::bf16 : Operand::u8)) return false;
   f->out_row = g.c_row;
-  f->bias = static_cast<const float*>(g.bias);
-  f->residual = g.residual;
   f->residual_row = g.residual_row;
   f->residual_type = bytes ? Operand::f32 : f->out_type;
   if (integers && g.residual_scale != 0) f->residual_type = Operand::u8;
   if (!g.residual) f->residual_type = Operand::none;
   f->out_inverse = bytes ? g.c_inverse_scale : 1.f;
+  *at = {static_cast<char*>(g.c), static_cast<const char*>(g.residual), static_cast<const float*>(g.bias), nullptr,
+         nullptr, g.n};
   if (!integers) return true;
   f->x_scale = conv.x_scale * f->out_inverse;
   f->residual_scale = g.residual_scale * f->out_inverse;
   const auto usual = [](float scale) { return scale > 0x1p-80f && scale < 0x1p80f; };
   if (!usual(f->x_scale) || !usual(f->out_inverse) || (g.residual_scale != 0 && !usual(f->residual_scale)))
     return false;
-  f->col_scale = g.col_scale;
+  at->col_scale = g.col_scale;
   f->x_zero = conv.x_zero;
   f->residual_zero = g.residual_zero;
   f->out_zero = g.c_zero_point;
@@ -130,17 +183,6 @@ inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f) {
     f->high = f->high * f->out_inverse < 255.f - zero ? f->high * f->out_inverse : 255.f - zero;
   }
   return true;
-}
-
-// The same from another row and column on; `first` is what finish_of gave.
-inline void move_finish(const Finish& first, int64_t row, int64_t col, Finish* f) {
-  const auto size = [](Operand t) { return t == Operand::f32 ? 4 : t == Operand::bf16 ? 2 : 1; };
-  f->out = static_cast<char*>(first.out) + (row * first.out_row + col) * size(first.out_type);
-  if (first.bias) f->bias = first.bias + col;
-  if (first.residual)
-    f->residual = static_cast<const char*>(first.residual) +
-                  (row * first.residual_row + col) * size(first.residual_type);
-  if (first.col_scale) f->col_scale = first.col_scale + col;
 }
 
 }  // namespace pbm::PBM_TIER

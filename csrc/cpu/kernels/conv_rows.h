@@ -21,10 +21,12 @@ struct RowProduct {
   int64_t ldc;  // elements
   bool accumulate;
   const Finish* finish;  // null: the accumulators go to c
+  FinishAt at;
+  int64_t repeats;  // groups of panels, one after another; of more than one each is the whole sum and finished
 };
 
 template <Flavour F, int MR, int NV>
-void row_product(const RowProduct& p) {
+PBM_INLINE void one_product(const RowProduct& p, const char* panels, const FinishAt& at) {
   using D = Dot<F>;
   constexpr int64_t kPerLane = k_per_lane(F);
   constexpr int64_t kLaneBytes = lane_bytes(F);
@@ -37,7 +39,7 @@ void row_product(const RowProduct& p) {
   for (int64_t t = 0; t < p.tap_count; t++) {
     const char* a[MR];
     PBM_UNROLL for (int i = 0; i < MR; i++) a[i] = p.rows[i * p.rows_next + t] + p.a_offset;
-    const char* b = p.b + p.taps[t].weight * p.b_tap;
+    const char* b = panels + p.taps[t].weight * p.b_tap;
     for (int64_t l = 0; l < lanes; l++) {
       if constexpr (MR >= 4) __builtin_prefetch(b + soon, 0, 2);
       multiply_rows<D, MR, NV>(acc, a, l * kLaneBytes, b, b_panel);
@@ -55,9 +57,20 @@ void row_product(const RowProduct& p) {
       multiply_rows<D, MR, NV>(acc, from, 0, b, b_panel);
     }
   }
-  if (p.finish) return finish_tile<MR, NV>(*p.finish, acc, p.accumulate ? p.c : nullptr, p.ldc);
+  if (p.finish) return finish_tile<MR, NV>(*p.finish, at, acc, p.accumulate ? p.c : nullptr, p.ldc);
   PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++)
     D::put(static_cast<char*>(p.c) + (i * p.ldc + j * 16) * 4, acc[i][j], p.accumulate);
+}
+
+template <Flavour F, int MR, int NV>
+void row_product(const RowProduct& p) {
+  FinishAt at = p.at;
+  const char* panels = p.b;
+  for (int64_t i = p.repeats;; panels += NV * p.b_panel) {
+    one_product<F, MR, NV>(p, panels, at);
+    if (--i == 0) return;
+    at.move(*p.finish, 0, NV * kWidth, NV);
+  }
 }
 
 using ProductFn = void (*)(const RowProduct&);

@@ -221,11 +221,11 @@ def _rows_of_reports(model: nn.Module) -> list[Row]:
 
 def _kept(row: Row, candidate: Candidate, precision: str) -> Row:
     """The row of a layer that an earlier call replaced; why it is not for this precision, if so."""
-    left, precision = None, _precision_of(candidate.module, precision)
-    if row.in_float is None and candidate.in_float is not None:
-        precision = _precision_of(candidate.module, float_precision(precision))
-    if candidate.selected and row.in_float is None and row.precision != precision:
-        left = f"in {row.precision} since an earlier call; pbm.restore it to have {precision}"
+    if precision == "int8" and (row.in_float or candidate.in_float):
+        precision = float_precision(precision)
+    left, wanted = None, _precision_of(candidate.module, precision)
+    if candidate.selected and row.precision != wanted:
+        left = f"in {row.precision} since an earlier call; pbm.restore it to have {wanted}"
     return replace(row, left=left)
 
 

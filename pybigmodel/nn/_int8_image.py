@@ -7,6 +7,7 @@ which turns into floats for whoever else asks: a changed model is slower, not wr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -141,6 +142,8 @@ class Recorder:
         for leaf in tree_leaves(output):
             if isinstance(leaf, Seen):
                 leaf.by_others()
+            elif dataclasses.is_dataclass(leaf):
+                self.left([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
     def outputs(self) -> dict[Any, tuple[Any, Range]]:
         """By layer: the chain, and the range of what int8 layers alone took."""

@@ -358,8 +358,8 @@ def test_compiled_and_exported(static: bool) -> None:
             torch.testing.assert_close(compiled(input), model(input))
         exported = torch.export.export(model, (x(),)).module()
         torch.testing.assert_close(exported(x()), model(x()))
-        traced = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU(), norm))
-        assert traced is not None
+        traced = torch.fx.symbolic_trace(model)
+        assert torch.equal(traced(x()), model(x()))
     torch._dynamo.reset()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -109,9 +110,16 @@ def block(after: Callable[[Any, Tensor], Any]) -> Block:
     return Block(after).eval()
 
 
+@dataclass
+class Output:
+    z: Tensor
+    hidden: list[Any]
+
+
 FOREIGN: dict[str, Callable[[Any, Tensor], Any]] = {
     "sum": lambda y, z: z + y.mean(),
     "output": lambda y, z: {"z": z, "hidden": (y,)},
+    "dataclass": lambda y, z: Output(z, [y]),
     "method": lambda y, z: z * y.sigmoid(),
     "in place": lambda y, z: y.add_(z),
     "numpy": lambda y, z: z + torch.from_numpy(y.numpy()),
@@ -122,6 +130,8 @@ FOREIGN: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 def leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Output):
+        value = [value.z, *value.hidden]
     found: list[Tensor] = torch.utils._pytree.tree_leaves(value)
     return found
 

@@ -288,6 +288,12 @@ def test_precisions_of_earlier_calls() -> None:
     assert {row.left for row in rows} == {
         "in int8 since an earlier call; pbm.restore it to have fp32"
     }
+    both = pbm.optimize(made("mobilenet"), "int8")
+    lefts = Counter(row.left for row in convolutions(pbm.optimize(both, "bf16")))
+    assert lefts == {
+        "in int8 since an earlier call; pbm.restore it to have bf16": 35,
+        "in fp32 since an earlier call; pbm.restore it to have bf16": 17,
+    }
 
 
 def test_bf16_models() -> None:

@@ -44,7 +44,7 @@ def int8_in_one(
     found = chain.weights(layer, weight, None)
     if found is None:
         return None
-    weights, bias = found
+    scales, bias = found
     if bias is not None and of_x[0] and bias.dtype != torch.float32:
         bias = bias.float()
     followed_by = (chain.norm is not None, residual is not None, code[0])
@@ -52,7 +52,7 @@ def int8_in_one(
     if recorder is not None:
         recorder.given(layer, x)
     of_y = layer._quantiser_after(followed_by, plan.floating)
-    y: Tensor = plan.run(x, weights, bias, residual, *code, of_x, of_residual, of_y)
+    y: Tensor = plan.run(x, weight, scales, bias, residual, *code, of_x, of_residual, of_y)
     if of_y[0]:
         return Bytes.of(y, of_y)
     return y if recorder is None else recorder.seen(layer, followed_by, y)

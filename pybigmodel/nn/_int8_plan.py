@@ -45,7 +45,8 @@ class Int8Plan:
     def run(
         self,
         input: Tensor,
-        weight: tuple[Tensor, Tensor],
+        packed: Tensor,
+        scales: Tensor,
         bias: Tensor | None,
         residual: Tensor | None = None,
         activation: int = 0,
@@ -54,10 +55,10 @@ class Int8Plan:
         of_residual: tuple[float, int] = NOT_QUANTISED,
         of_output: tuple[float, int] = NOT_QUANTISED,
     ) -> Tensor:
-        """weight: packed, and its scales; scale and zero point of what is, or will be, uint8."""
+        """of_…: scale and zero point of what is, or will be, uint8."""
         of_input = of_input if of_input[0] else self._quantiser
         y: Tensor = int8_conv_op(
-            *(input, *weight, bias, residual, *self._geometry, activation, slope),
+            *(input, packed, scales, bias, residual, *self._geometry, activation, slope),
             *(*of_input, *of_residual, *of_output, self._channels_last),
         )
         return y

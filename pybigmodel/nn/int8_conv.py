@@ -257,18 +257,16 @@ class _Int8Conv(Int8Layer):
         same = self._output_of == followed_by
         return (self.output_scale, self.output_zero_point) if same else NOT_QUANTISED
 
+    # The packed weight has no part in these: a norm goes into the scales, and the integers stay.
+
     def _operands(self, weight: Any, key: Any) -> tuple[Any, Any] | None:
-        """The op's weight and bias."""
-        return (weight, self._buffers["weight_scale"]), self._buffers["bias"]
+        return self._buffers["weight_scale"], self._buffers["bias"]
 
     def _sources(self, weight: Any) -> tuple[Any, ...]:
-        return weight, self._buffers["weight_scale"], self._buffers["bias"]
+        return self._buffers["weight_scale"], self._buffers["bias"]
 
-    def _folded(self, sources: tuple[Any, ...], eps: float, key: Any) -> tuple[Any, Tensor]:
-        """The operands with a norm in them: in the scales, so that the integers stay."""
-        packed, *others = sources
-        scale, bias = fold(*others, eps=eps)
-        return (packed, scale), bias
+    def _folded(self, sources: tuple[Any, ...], eps: float, key: Any) -> tuple[Tensor, Tensor]:
+        return fold(*sources, eps=eps)
 
     # --- state -----------------------------------------------------------------------------------
 

@@ -26,7 +26,10 @@ PROVIDERS = [
     "onnxruntime",
     "openvino",
 ]
-INT8_PROVIDERS = ["torch_channels_last", "onnxruntime_static", "openvino_static"]
+INT8_PROVIDERS = [
+    *("pybigmodel", "pybigmodel_bytes", "torch_channels_last", "onnxruntime_static"),
+    "openvino_static",
+]
 TRAINING_PROVIDERS = [
     "pybigmodel",
     "pybigmodel_contiguous",

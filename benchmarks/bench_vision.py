@@ -20,6 +20,7 @@ PROVIDERS = [
     "openvino_int8",
     "pybigmodel_fp32",
     "pybigmodel_bf16",
+    "pybigmodel_int8",
 ]
 PROBLEMS = [
     Vision("vision", "fp32", "resnet50", 1),

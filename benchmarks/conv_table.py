@@ -23,7 +23,7 @@ _OTHERS = [name for name in PEERS if name not in TORCH]
 _PRECISIONS = ("fp32", "bf16", "int8")
 _PROVIDERS = {
     FORWARD: (OURS, EXACT, *PEERS),
-    INT8: (OURS, "torch_channels_last", *INT8_PEERS),
+    INT8: (OURS, f"{OURS}_bytes", "torch_channels_last", *INT8_PEERS),
     FORWARD_BACKWARD: (OURS, f"{OURS}_contiguous", *TORCH),
 }
 _NETWORKS = {"resnet50": "ResNet-50", "mobilenetv2": "MobileNetV2"}

@@ -29,8 +29,8 @@ from pybigmodel._fuse_source import found, function_of, source_of
 from pybigmodel._torch_private import hooked_everywhere
 from pybigmodel.nn import Int8Linear, Linear
 from pybigmodel.nn._activation import activated, activation_of, hooked
-from pybigmodel.nn._conv_chain import chain_of, code_of, convolved, is_norm
-from pybigmodel.nn.conv import FORWARD
+from pybigmodel.nn._conv_chain import CONVOLVING, chain_of, code_of, convolved
+from pybigmodel.nn._conv_plan import is_norm
 from pybigmodel.ops._common import CONV_ACTIVATIONS, Activation
 
 _NAMES = {code: name for name, code in CONV_ACTIVATIONS.items()}
@@ -79,7 +79,7 @@ class Fused(nn.Module):
         if torch.is_grad_enabled() or is_dynamo_compiling() or hooked_everywhere():
             return False
         layer = layers[0]
-        if isinstance(layer, FORWARD):
+        if isinstance(layer, CONVOLVING):
             return chain_of(tuple(layers), True, after) is not None
         return isinstance(layer, Fused) and not hooked(layer) and layer._ends_in_chain(after)
 
@@ -132,7 +132,7 @@ def taken_in(module: nn.Module) -> dict[nn.Module, Taken]:
     taken: dict[nn.Module, Taken] = {}
     if base.forward in (nn.Sequential.forward, _sequential_forward):
         for group in _groups(list(module._modules.values())):
-            if isinstance(group[0], FORWARD):
+            if isinstance(group[0], CONVOLVING):
                 _note(taken, group, f"{_torchs(base).__name__}")
             elif len(group) == 2 and (name := _activation(group[1], group[0])) is not None:
                 taken[group[0]] = Taken(name, where=_torchs(base).__name__)
@@ -188,7 +188,7 @@ def _called(pair: Pair, module: nn.Module) -> tuple[Any, Any]:
 def _joins(layers: Sequence[Any]) -> bool:
     """Whether they are a convolution, then at most a BatchNorm, then at most an activation."""
     first, *rest = layers
-    if not isinstance(first, FORWARD):
+    if not isinstance(first, CONVOLVING):
         return False
     rest = [layer for layer in rest if layer is not None and type(layer) is not nn.Identity]
     if rest and is_norm(rest[0], first):
@@ -207,7 +207,7 @@ def _ends_in_chain(layers: Sequence[Any], after: Any) -> bool:
 def _last_of(layers: Sequence[Any]) -> tuple[Any, ...]:
     """The convolution at the end, and what follows it."""
     first = layers[0]
-    if isinstance(first, FORWARD):
+    if isinstance(first, CONVOLVING):
         return tuple(layers)
     if len(layers) != 1 or not isinstance(first, Fused):
         return ()
@@ -217,7 +217,9 @@ def _last_of(layers: Sequence[Any]) -> tuple[Any, ...]:
 
 def _starts_in_chain(layer: Any) -> bool:
     """Whether the first thing that is done to an image is a convolution, which leaves it as is."""
-    return isinstance(layer, FORWARD) or (isinstance(layer, Fused) and bool(layer._last_layers()))
+    return isinstance(layer, CONVOLVING) or (
+        isinstance(layer, Fused) and bool(layer._last_layers())
+    )
 
 
 def _groups(layers: list[Any]) -> Iterable[tuple[Any, ...]]:
@@ -227,7 +229,7 @@ def _groups(layers: list[Any]) -> Iterable[tuple[Any, ...]]:
         start = at
         at += 1
         layer = layers[start]
-        if isinstance(layer, FORWARD):
+        if isinstance(layer, CONVOLVING):
             while at < len(layers) and _joins(layers[start : at + 1]):
                 at += 1
         elif at < len(layers) and isinstance(layer, Linear | Int8Linear):
@@ -278,7 +280,7 @@ def _grouped(self: Any) -> tuple[tuple[Any, ...], ...]:
 
 
 def _of_group(self: Any, group: tuple[Any, ...], input: Any) -> Any:
-    if isinstance(group[0], FORWARD):
+    if isinstance(group[0], CONVOLVING):
         return self._convolved(input, group)
     return group[0](input) if len(group) == 1 else activated(group[1], group[0], input)
 
@@ -295,7 +297,7 @@ def _last_layers_of_sequential(self: Any) -> tuple[Any, ...]:
     if not groups or not _starts_in_chain(groups[0][0]):
         return ()
     last = groups[-1]
-    return last if isinstance(last[0], (*FORWARD, Fused)) else ()
+    return last if isinstance(last[0], (*CONVOLVING, Fused)) else ()
 
 
 def _torchs(base: type[nn.Module]) -> type[nn.Module]:
@@ -313,7 +315,7 @@ def _pairs_of(base: type[nn.Module]) -> frozenset[Pair]:
 
 def _sites_of(base: type[nn.Module], module: nn.Module) -> frozenset[Site]:
     """The sites of the forward at which this module has what can be one op."""
-    if not any(isinstance(part, FORWARD) for part in module.modules()):
+    if not any(isinstance(part, CONVOLVING) for part in module.modules()):
         return frozenset()
     sites: set[Site] = set()
 
@@ -343,7 +345,7 @@ def _is_wanted(site: Site, module: nn.Module) -> bool:
         place, name = _PADDING
         function, layer = values
         is_known = getattr(function, "__name__", "") == name
-        return is_known and function.__module__.startswith(place) and isinstance(layer, FORWARD)
+        return is_known and function.__module__.startswith(place) and isinstance(layer, CONVOLVING)
     *layers, after, where = values
     return (not paths[-1] or bool(where)) and _ends_in_chain(layers, after)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,12 +16,14 @@ from pybigmodel import _native
 from pybigmodel._console import OtherLoad
 from pybigmodel._swap import with_inner
 from pybigmodel.nn.conv import CONVOLUTIONS
+from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS
 from pybigmodel.testing.timers import interleave
 
 # Several shapes of one layer are timed (a decoder's prefill and steps, say), but not every length.
 MAX_SHAPES = 3
 ROUNDS, MORE_ROUNDS = 5, 12  # MORE where the first leave doubt
 
+_INT8: tuple[type[nn.Module], ...] = tuple(INT8_CONVOLUTIONS.values())
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -38,6 +40,7 @@ class Trial:
     failure: str | None = None
     compared: bool | None = None  # whether an output said something; None: not called
     other_load: float | None = None  # cores that other processes used during the run
+    on_model_input: bool = False  # whether it was called on that, which is never in int8
     shapes: set[tuple[object, ...]] = field(default_factory=set)
     seconds: tuple[float, float] = (0.0, 0.0)  # of original and candidate, summed over shapes
 
@@ -46,8 +49,10 @@ class Trial:
         return self.seconds[0] / self.seconds[1]
 
 
-def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial]) -> None:
+def run_trials(model: nn.Module, example_inputs: Any, trials: Collection[Trial]) -> None:
     """Run the model once in eval mode, without gradients; try each candidate where it is called.
+
+    Int8 convolutions get the range of all the inputs that they are tried on.
 
     In the middle of the run: so no layer's input has to be kept until the others are done.
     """
@@ -58,10 +63,10 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
     hooks = []
     load = OtherLoad()
     try:
-        for trial in trials.values():
+        for trial in trials:
             hooks.append(_try_when_called(trial, known, given))
         with ExitStack() as modes:
-            for module in (model, *(trial.candidate for trial in trials.values())):
+            for module in (model, *(trial.candidate for trial in trials)):
                 modes.enter_context(eval_mode(module))
             # Where a transformer layer has a hook, torch's fast path around it would hand it a
             # nested tensor, which only the layer's own fast path takes.
@@ -72,17 +77,17 @@ def run_trials(model: nn.Module, example_inputs: Any, trials: Mapping[str, Trial
         for hook in hooks:
             hook.remove()
     cores = load.cores()
-    for trial in trials.values():
+    for trial in trials:
         trial.other_load = cores
         if trial.compared is False and trial.failure is None:
             trial.failure = "nothing finite and non-zero to compare on example_inputs"
 
 
-def run_once(model: nn.Module, example_inputs: Any) -> None:
-    """In eval mode, without gradients."""
+def run_once(model: nn.Module, example_inputs: Any) -> Any:
+    """What the model gives, in eval mode, without gradients."""
     args, kwargs = split_inputs(example_inputs)
     with eval_mode(model), torch.no_grad():
-        model(*args, **kwargs)
+        return model(*args, **kwargs)
 
 
 @contextmanager
@@ -148,6 +153,9 @@ def _compare(trial: Trial, arguments: Arguments) -> None:
     args, kwargs = arguments
     expected = _tensors(trial.original.forward(*args, **kwargs))
     try:
+        if isinstance(trial.candidate, _INT8):
+            layer: Any = trial.candidate
+            layer.calibrate(args[0] if args else kwargs["input"])
         got = _tensors(trial.candidate.forward(*args, **kwargs))
     except Exception as problem:  # a layer that cannot be replaced is not the end of the others
         trial.failure = f"the replacement fails on example_inputs: {problem}"
@@ -195,6 +203,7 @@ def _time(
     given: Sequence[Tensor],
 ) -> None:
     shape = _shape_of(arguments)
+    trial.on_model_input = trial.on_model_input or _is_given(arguments, given)
     if shape in trial.shapes or len(trial.shapes) == MAX_SHAPES:
         return
     trial.shapes.add(shape)
@@ -213,8 +222,15 @@ def _in_channels_last(
     """A convolution on its input as the others beside it will leave it: all but the first, which
     gets the model's input."""
     (input, *_), _ = arguments if arguments[0] else ((None,), {})
-    turns = getattr(candidate, "_channels_last", None) and not any(input is one for one in given)
+    turns = getattr(candidate, "_channels_last", None) and not _is_given(arguments, given)
     return _Turned(candidate, input) if turns and isinstance(input, Tensor) else candidate
+
+
+def _is_given(arguments: Arguments, given: Sequence[Tensor]) -> bool:
+    """Whether the first is one of what the model was called with."""
+    args, kwargs = arguments
+    first = next((value for value in (*args, *kwargs.values())), None)
+    return any(first is one for one in given)
 
 
 class _Turned(nn.Module):

@@ -36,12 +36,14 @@ class Row:
     bytes_before: int = 0  # of the weight
     bytes_after: int = 0  # with its packed copy, its scales and what is kept for `restore`
     left: str | None = None
+    gives: str | None = None  # "uint8": only int8 convolutions take its output, which stays so
+    in_float: str | None = None  # why it was replaced by a floating layer where int8 was asked for
     other_load: float | None = None  # cores that other processes used while it was timed
 
 
 _COLUMNS = (
     *("path", "layer", "replaced by", "norm", "residual", "activation", "found in", "kernel"),
-    *("precision", "speed-up", "error", "left as is"),
+    *("precision", "gives", "speed-up", "error", "not in int8", "left as is"),
 )
 _FIGURES = ("speed-up", "error")
 
@@ -119,6 +121,7 @@ def log_rows(rows: Sequence[Row]) -> None:
     for row in rows:
         said = [f"{row.path or '(the model)'}, {row.layer}: {row.replaced_by or 'left as is'}"]
         said += [] if row.speedup is None else [f"{row.speedup:.2f}×"]
+        said += [] if row.in_float is None else [f"not in int8: {row.in_float}"]
         said += [] if row.left is None else [row.left]
         log.info("optimize: %s", ", ".join(said))
 
@@ -134,7 +137,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.found or "",
         row.kernel or "",
         row.precision if row.replaced_by else "",
+        row.gives or "",
         "" if row.speedup is None else f"{row.speedup:.2f}×",
         "" if row.error is None else f"{row.error:.1e}",
+        row.in_float or "",
         row.left or "",
     )

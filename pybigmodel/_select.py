@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from pybigmodel._swap import BLOCKS, OUR_CONVOLUTIONS, OWN, float_precision
+from pybigmodel._swap import BLOCKS, OUR_CONVOLUTIONS, OUR_INT8, OWN, float_precision
 from pybigmodel._torch_private import has_kernel
-from pybigmodel.nn import Int8Linear, Linear
+from pybigmodel.nn import Linear
 from pybigmodel.nn._activation import hooked
 from pybigmodel.nn.conv import CONVOLUTIONS
 from pybigmodel.nn.multihead_attention import WEIGHTS
@@ -31,7 +32,10 @@ _OPS = {
     "int8": ("int8_linear", "pack_int8_linear_weight", "quantize_per_token"),
 }
 _CONV_OPS = ("conv", "conv_packed", "pack_conv_weight")
-_OURS = (Linear, Int8Linear, *BLOCKS.values(), *OUR_CONVOLUTIONS)
+_INT8_CONV_OPS = ("int8_conv", "pack_int8_conv_weight")
+LANE_CHANNELS = 16  # of a group: fewer leave lanes of an int8 product idle
+_OURS: tuple[type[nn.Module], ...] = (Linear, *OUR_INT8, *BLOCKS.values(), *OUR_CONVOLUTIONS)
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *OUR_INT8, *BLOCKS, *CONVOLUTIONS)
 # What torch.nn.TransformerEncoderLayer.forward reads without calling it, and how it is called here.
 _READ = {"linear1": "weight", "linear2": "weight", "self_attn": "weights"}
 
@@ -46,6 +50,7 @@ class Candidate:
     selected: bool = True  # by include and exclude
     # The outermost layers that contain it, or it, and may be replaced: with them it is, or stays.
     units: tuple[str, ...] = ()
+    in_float: str | None = None  # why it becomes a floating layer where int8 is asked for
 
 
 def candidates(
@@ -57,8 +62,7 @@ def candidates(
     excluded = _Selector("exclude", exclude, modules)
     names: defaultdict[nn.Module, list[str]] = defaultdict(list)
     for name, module in modules.items():
-        kinds = (nn.Linear, Int8Linear, *BLOCKS, *CONVOLUTIONS)
-        if isinstance(module, kinds) or _is_conv1d(module):
+        if isinstance(module, _KINDS) or _is_conv1d(module):
             names[module].append(name)
     weights = _Weights(modules)
     own, unselected = {}, {}
@@ -73,7 +77,9 @@ def candidates(
     for module, known_as in names.items():
         reason = left.of(module)
         units = () if reason else left.units(known_as)
-        found.append(Candidate(known_as[0], module, reason, module not in unselected, units))
+        in_float = _why_not_int8(module, weights) if precision == "int8" else None
+        selected = module not in unselected
+        found.append(Candidate(known_as[0], module, reason, selected, units, in_float))
     return found
 
 
@@ -181,6 +187,32 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
         return "without channels"
     ops = ("conv_transpose",) if "Transpose" in kind.__name__ else _CONV_OPS
     return _why_weight_left(weight, float_precision(precision), weights, ops)
+
+
+def _why_not_int8(module: Any, weights: _Weights) -> str | None:
+    """Of a convolution; of other layers there is nothing between int8 and staying."""
+    if not any(isinstance(module, kind) for kind in CONVOLUTIONS):
+        return None
+    if isinstance(module, LazyModuleMixin):
+        return None
+    if module.transposed:
+        return "transposed convolutions have no int8 kernel"
+    weight, groups = module._parameters.get("weight"), module.groups
+    each = module.in_channels // groups
+    if groups > 1 and groups == module.in_channels:
+        return "depthwise: bound by memory, not by products"
+    if groups > 1 and each < LANE_CHANNELS:
+        return f"its groups have {each} channels each, fewer than {LANE_CHANNELS}"
+    terms = each * math.prod(module.kernel_size)
+    if terms > MAX_INT8_K:
+        return f"its filters have {terms} weights, above {MAX_INT8_K}: int32 sums could overflow"
+    if weight is None:
+        return None
+    tied = weights.tied(weight)
+    if len(tied) > 1:
+        return f"tied ({' = '.join(tied)}): an int8 copy would no longer be"
+    missing = _missing_op(weight.device.type, *_INT8_CONV_OPS)
+    return None if missing is None else f"on device {weight.device}, there is no {missing}"
 
 
 def _why_attention_left(

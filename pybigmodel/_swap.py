@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pybigmodel._fuse import GROUPED, Fused, fused_class
 from pybigmodel.nn import (
-    Int8Linear,
     Linear,
     MultiheadAttention,
     TransformerDecoder,
@@ -24,7 +23,10 @@ from pybigmodel.nn import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from pybigmodel.nn._int8_layer import Int8Layer
 from pybigmodel.nn.conv import CONVOLUTIONS, STATE
+from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS, INT8_STATE
+from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.multihead_attention import WEIGHTS
 from pybigmodel.ops._checks import PANEL, ceil_div
 from pybigmodel.ops._conv_checks import packed_sizes
@@ -47,9 +49,16 @@ _KEPT = frozenset(vars(nn.Module())) - set(_TENSORS)
 CLASS, ORIGINAL = "_class_of_torch", "_original"
 OWN = (
     *("_packed", "_moments", "_precision", "weight_only", "symmetric", CLASS, ORIGINAL),
-    *(*STATE, GROUPED),
+    *(*STATE, *INT8_STATE, GROUPED),
+)
+# What a linear layer or a convolution of torch's is, beside its weights.
+_SHAPES = (
+    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
+    "_reversed_padding_repeated_twice",
 )
 OUR_CONVOLUTIONS = tuple(CONVOLUTIONS.values())
+OUR_INT8: tuple[type[Int8Layer], ...] = (Int8Linear, *INT8_CONVOLUTIONS.values())
 
 
 def replacement(
@@ -76,12 +85,15 @@ def replacement(
         vars(new).update({name: vars(module)[name] for name in _KEPT})
         return new
     if type(module) in CONVOLUTIONS:
-        new = with_inner(module, {})
-        new.__class__ = CONVOLUTIONS[type(module)]
-        assert isinstance(new, OUR_CONVOLUTIONS)
-        new._set_up(float_precision(precision), "direct" if exact else "auto")
+        if precision == "int8":
+            new = INT8_CONVOLUTIONS[type(module)].from_conv(module)
+        else:
+            new = with_inner(module, {})
+            new.__class__ = CONVOLUTIONS[type(module)]
+            assert isinstance(new, OUR_CONVOLUTIONS)
+            new._set_up(precision, "direct" if exact else "auto")
         # Of one axis torch knows no such layout, and what comes after would convert it.
-        if channels_last and len(new.kernel_size) > 1:
+        if channels_last and len(module.kernel_size) > 1:  # type: ignore[arg-type]
             vars(new)["_channels_last"] = True
         return new
     new = with_inner(module, inner)
@@ -92,7 +104,7 @@ def replacement(
 
 
 def float_precision(precision: str) -> str:
-    """Of what has no int8: attention and convolutions."""
+    """Of what has no int8: attention, and convolutions that would not gain by it."""
     return "fp32" if precision == "int8" else precision
 
 
@@ -121,13 +133,13 @@ def become(module: nn.Module, new: nn.Module, keep_original: bool) -> None:
     state: dict[str, Any] = {CLASS: type(module)}
     if isinstance(new, OUR_CONVOLUTIONS):
         new.forget_packed()  # what a trial packed: with a norm folded in it will be another
-    if isinstance(new, Int8Linear):
+    if isinstance(new, Int8Layer):
         state[ORIGINAL] = _shell(module)
-    kept = _KEPT if isinstance(module, nn.Linear) else vars(module)
+    kept = _KEPT if isinstance(new, (Linear, Int8Layer)) else vars(module)
     state |= {name: value for name, value in vars(new).items() if name not in kept}
     vars(module).update(state)
     module.__class__ = type(new)
-    if isinstance(module, Int8Linear) and not keep_original:
+    if isinstance(module, Int8Layer) and not keep_original:
         module._free_original()
 
 
@@ -146,7 +158,7 @@ def is_swapped(module: nn.Module) -> bool:
 def why_not_reverted(module: nn.Module) -> str | None:
     """Why `revert` cannot be: the class was changed since, as parametrizations do."""
     kind = type(module)
-    ours = (Linear, Int8Linear, *BLOCKS.values(), *OUR_CONVOLUTIONS)
+    ours = (Linear, *OUR_INT8, *BLOCKS.values(), *OUR_CONVOLUTIONS)
     if kind in ours or Fused in kind.__bases__:
         return None
     return (
@@ -164,7 +176,7 @@ def revert(module: nn.Module) -> None:
         module.forget_packed()
     elif isinstance(module, OUR_CONVOLUTIONS):
         module.forget_packed()
-    if isinstance(module, Int8Linear):
+    if isinstance(module, Int8Layer):
         original = vars(module)[ORIGINAL]
         if original is None or original.weight.numel() == 0:
             original = _dequantized(module, original)
@@ -176,34 +188,37 @@ def revert(module: nn.Module) -> None:
         vars(module).pop(name, None)
 
 
-def _update_bias(linear: nn.Linear, bias: Tensor | None) -> None:
+def _update_bias(layer: Any, bias: Tensor | None) -> None:
     """The int8 layer's may have been edited, or loaded."""
-    if bias is None or linear.bias is None:
-        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    if bias is None or layer.bias is None:
+        layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     else:
-        with torch.inference_mode(linear.bias.is_inference()), torch.no_grad():
-            linear.bias.copy_(bias)
+        with torch.inference_mode(layer.bias.is_inference()), torch.no_grad():
+            layer.bias.copy_(bias)
 
 
-def _dequantized(module: Int8Linear, empty: nn.Linear | None) -> nn.Linear:
-    linear = nn.Linear(module.in_features, module.out_features, device="meta")
+def _dequantized(module: Int8Layer, empty: nn.Module | None) -> nn.Module:
+    layer = _shell(module, vars(module)[CLASS])
     bias = module.bias
     if empty is not None:
-        dtype, trained = empty.weight.dtype, empty.weight.requires_grad
-        linear._parameters.update(empty._parameters)
+        of_torch: Any = empty
+        dtype, trained = of_torch.weight.dtype, of_torch.weight.requires_grad
+        layer._parameters.update(empty._parameters)
     else:  # from a pickle
         dtype, trained = torch.float32 if bias is None else bias.dtype, True
-        linear.register_parameter("bias", None)
-    linear.weight = nn.Parameter(module.dequantized_weight().to(dtype), trained)
-    return linear
+        layer.register_parameter("bias", None)
+    layer.weight = nn.Parameter(module.dequantized_weight().to(dtype), trained)
+    return layer
 
 
-def _shell(linear: nn.Module) -> nn.Linear:
-    """A layer of its own on the same Parameter objects."""
-    assert isinstance(linear, nn.Linear)
-    shell = nn.Linear(linear.in_features, linear.out_features, device="meta")
-    shell._parameters.update(linear._parameters)
-    shell.training = linear.training
+def _shell(module: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
+    """A layer of its own on the same Parameter objects, or of torch's `kind` and without any."""
+    shell = (kind or type(module)).__new__(kind or type(module))
+    nn.Module.__init__(shell)
+    own = vars(shell)
+    own.update({name: vars(module)[name] for name in _SHAPES if name in vars(module)})
+    shell._parameters.update(module._parameters)
+    shell.training = module.training
     return shell
 
 
@@ -218,7 +233,7 @@ def weights_of(module: nn.Module) -> list[Tensor]:
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of the layer's own weights in every form: as torch stores them, packed, quantised,
     kept."""
-    if isinstance(module, Int8Linear):
+    if isinstance(module, Int8Layer):
         kept = vars(module).get(ORIGINAL)
         held = [module.packed_weight, module.weight_scale, *([] if kept is None else [kept.weight])]
         return sum(tensor.nbytes for tensor in held)

@@ -9,16 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pybigmodel._choose import MAX_ERROR, choose, dtype_of
+from pybigmodel._connect import connect
 from pybigmodel._fuse import Fused, Taken, taken_in
-from pybigmodel._measure import Trial, run_once, run_trials, split_inputs
+from pybigmodel._measure import Trial, run_once, split_inputs
 from pybigmodel._report import Report, Row, log, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
 from pybigmodel._swap import (
-    OUR_CONVOLUTIONS,
+    OUR_INT8,
     become,
     float_precision,
     is_swapped,
-    replacement,
     revert,
     take_in,
     weight_bytes,
@@ -26,13 +27,11 @@ from pybigmodel._swap import (
     why_not_reverted,
 )
 from pybigmodel.nn import Int8Linear
+from pybigmodel.nn._int8_layer import Int8Layer
 from pybigmodel.nn.conv import CONVOLUTIONS
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Relative errors of a layer's output on example_inputs, above which something is wrong with the
-# replacement (fp32, bf16) or the layer does not bear int8: rounding alone gives 1e-6, 4e-3, 1e-2.
-MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "int8": 1e-1}
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(CONVOLUTIONS)
 
 _REPORT = "_pybigmodel_report"
 
@@ -54,15 +53,17 @@ def optimize(
     Every torch.nn.Linear becomes a :class:`pybigmodel.nn.Linear` ("fp32", "bf16") or a
     :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"); every
     MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer and stack of these becomes
-    pybigmodel.nn's of that name, with the linear layers in it, and so does every convolution.
-    ("int8" leaves the projections of queries, keys and values, attention itself and convolutions in
-    the dtype that they have.) A relu, gelu or silu that follows a layer, in a Sequential or in the
-    forward of a module as ``self.act(self.dense(x))``, is done with it in one pass where no
-    gradient is wanted; so are, after a convolution, a BatchNorm in eval mode, whose factors are
-    folded into the weight, a residual and relu6, hardswish or leaky_relu too. What
-    cannot or should not be replaced stays, and :func:`report` says why. The modules stay the same
-    objects and change their class, so hooks, shared modules, tied weights and what refers to them
-    stay too.
+    pybigmodel.nn's of that name, with the linear layers in it. ("int8" leaves the projections of
+    queries, keys and values and attention itself in the dtype that they have.) Every convolution
+    becomes pybigmodel.nn's of that name, or in "int8" a :class:`pybigmodel.nn.Int8Conv2d` (1d, 3d),
+    with dynamic activations or, with example_inputs, in the range that they have there; depthwise,
+    transposed and narrow grouped ones, which would not gain by it, stay floating. A relu, gelu or
+    silu that follows a layer, in a Sequential or in the forward of a module as
+    ``self.act(self.dense(x))``, is done with it in one pass where no gradient is wanted; so are,
+    after a convolution, a BatchNorm in eval mode, whose factors are folded into the weight, a
+    residual and relu6, hardswish or leaky_relu too. What cannot or should not be replaced stays,
+    and :func:`report` says why. The modules stay the same objects and change their class, so hooks,
+    shared modules, tied weights and what refers to them stay too.
 
     Args:
         model: any torch.nn.Module. A model in "fp32" or "bf16" trains as before: its Parameters are
@@ -72,7 +73,9 @@ def optimize(
             model is run once (in eval mode, without gradients), each layer is timed against its
             replacement on what it gets there, and only what is faster and right is replaced: layers
             that the run does not call stay. Attention and transformer layers are tried as a whole,
-            the outermost of them, and replaced as a whole.
+            the outermost of them, and replaced as a whole. In "int8" it also says in which range
+            the images of convolutions are, so it should be data of the kind that will come; what
+            convolutions give to none but other int8 convolutions stays in uint8.
         include, exclude: name patterns (as "encoder.*.query"; * also matches dots), module types,
             or a sequence of both. A layer matches if it, or a module that contains it, does.
         inplace: False copies the model first (copy.deepcopy: its Parameters too, so that training
@@ -89,8 +92,8 @@ def optimize(
             example_inputs the new model is run once, and that is seen to.
 
     Memory per weight of float32: 4 bytes and 4 more once a layer has run ("fp32"), 4 and 2
-    ("bf16"), 1 and 4 for the original ("int8"). Convolutions: 4 and, for each algorithm that ran, 4
-    (7 or 16 for Winograd's).
+    ("bf16"), 1 and 4 for the original ("int8"). Floating convolutions: 4 and, for each algorithm
+    that ran, 4 (7 or 16 for Winograd's).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; a pattern or type that matches
@@ -108,32 +111,21 @@ def optimize(
         model = _copied(model)
     before = {row.path: row for row in _known_rows(model)}
     found = candidates(model, precision, include, exclude)
-    news, refused = _replacements(found, precision, exact, channels_last)
-    trials = {
-        candidate.path: Trial(candidate.module, news[candidate.module])
-        for candidate in found
-        if candidate.module in news and candidate.units == (candidate.path,)
-    }
-    if example_inputs is not None:
-        run_trials(model, example_inputs, trials)
-        rejected = {
-            path: reason
-            for path, trial in trials.items()
-            if (reason := _why_rejected(trial, precision)) is not None
-        }
-        refused |= rejected | _with_their_units(found, rejected)
+    choices = choose(model, found, precision, example_inputs, exact, channels_last)
     rows = []
     for candidate in found:
-        path, trial = candidate.path, trials.get(candidate.path)
-        left = candidate.left or refused.get(path)
+        path = candidate.path
+        left = candidate.left or choices.left.get(path)
         if left is not None and path in before and before[path].replaced_by is not None:
             rows.append(_kept(before[path], candidate, precision))
         else:
-            new = news.get(candidate.module)
-            rows.append(_finish(candidate, new, trial, left, precision, keep_original))
+            new, trial = choices.news.get(candidate.module), choices.trials.get(path)
+            row = _finish(candidate, new, trial, left, precision, keep_original)
+            rows.append(replace(row, in_float=None if left else choices.in_float.get(path)))
     rows = _with_what_follows(model, found, rows)
     if example_inputs is not None:
         _check_layouts(model, example_inputs)
+        rows = _connected(model, example_inputs, found, rows)
     log_rows(rows)
     vars(model)[_REPORT] = Report(tuple(rows))
     return model
@@ -227,65 +219,21 @@ def _rows_of_reports(model: nn.Module) -> list[Row]:
     return rows
 
 
-def _replacements(
-    found: list[Candidate], precision: str, exact: bool, channels_last: bool
-) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
-    """What each layer would become, and the reasons of those that turn out not to."""
-    news: dict[nn.Module, nn.Module] = {}
-    refused = {}
-    for candidate in reversed(found):  # what a layer contains before the layer
-        if candidate.left is None:
-            try:
-                news[candidate.module] = replacement(
-                    candidate.module, precision, news, exact, channels_last
-                )
-            except ValueError as error:  # NaN or infinity in a weight to be quantised
-                refused[candidate.path] = str(error)
-    return news, refused
-
-
-def _with_their_units(found: list[Candidate], rejected: dict[str, str]) -> dict[str, str]:
-    """Layers stay with what contains them, which may call them in another way."""
-    return {
-        candidate.path: f"part of {unit or 'the model'}, which stays"
-        for candidate in found
-        for unit in candidate.units
-        if unit in rejected and unit != candidate.path
-    }
-
-
-def _why_rejected(trial: Trial, precision: str) -> str | None:
-    if trial.failure is not None:
-        return trial.failure
-    if not trial.shapes:
-        return "not called on example_inputs"
-    low = _dtype_of(trial.original) in (torch.bfloat16, torch.float16)
-    bound = MAX_ERROR["bf16" if low and precision == "fp32" else precision]
-    if not trial.error <= bound:
-        return f"its error on example_inputs is {trial.error:.1e}, above {bound:.0e}"
-    if trial.speedup <= 1:
-        return f"not faster on example_inputs: {trial.speedup:.2f}×"
-    return None
-
-
 def _kept(row: Row, candidate: Candidate, precision: str) -> Row:
     """The row of a layer that an earlier call replaced; why it is not for this precision, if so."""
-    left = None
-    if candidate.selected and row.precision != _products(candidate.module, precision):
-        left = f"in {row.precision} since an earlier call; pbm.restore it to have {precision}"
+    if precision == "int8" and (row.in_float or candidate.in_float):
+        precision = float_precision(precision)
+    left, wanted = None, _precision_of(candidate.module, precision)
+    if candidate.selected and row.precision != wanted:
+        left = f"in {row.precision} since an earlier call; pbm.restore it to have {wanted}"
     return replace(row, left=left)
 
 
-def _products(module: nn.Module, precision: str) -> str:
-    """What the products are computed in: bf16 weights always take bf16's, attention and
-    convolutions never int8."""
-    if isinstance(module, (nn.MultiheadAttention, *CONVOLUTIONS)):
+def _precision_of(module: nn.Module, precision: str) -> str:
+    """What the products are computed in: bf16 weights always take bf16's, attention never int8."""
+    if isinstance(module, nn.MultiheadAttention):
         precision = float_precision(precision)
-    return "bf16" if precision == "fp32" and _dtype_of(module) == torch.bfloat16 else precision
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    return next((parameter.dtype for parameter in module.parameters()), None)
+    return "bf16" if precision == "fp32" and dtype_of(module) == torch.bfloat16 else precision
 
 
 def _finish(
@@ -300,7 +248,9 @@ def _finish(
     module = candidate.module
     before = sum(weight.numel() * weight.element_size() for weight in weights_of(module))
     layer = _describe(module)
-    precision = _products(module, precision)
+    if isinstance(module, _CONVOLUTIONS) and not isinstance(new, Int8Layer):
+        precision = float_precision(precision)
+    precision = _precision_of(module, precision)
     measured: dict[str, Any] = {}
     if trial is not None and trial.shapes:
         measured = {
@@ -359,16 +309,27 @@ def _check_layouts(model: nn.Module, example_inputs: Any) -> None:
         except RuntimeError as error:
             log.warning("optimize: convolutions leave layouts as they are, since: %s", error)
             for layer in turned:
-                assert isinstance(layer, OUR_CONVOLUTIONS)
-                layer.keep_layout()
+                turning: Any = layer
+                turning.keep_layout()
             run_once(model, example_inputs)
+
+
+def _connected(
+    model: nn.Module, example_inputs: Any, found: list[Candidate], rows: list[Row]
+) -> list[Row]:
+    """Have int8 convolutions pass uint8 on to each other, and say which do."""
+    connected = connect(model, example_inputs)
+    return [
+        replace(row, gives="uint8" if candidate.module in connected else None)
+        for candidate, row in zip(found, rows, strict=True)
+    ]
 
 
 def _describe(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, nn.Linear | Int8Linear):
         return f"{name}({module.in_features}, {module.out_features})"
-    if isinstance(module, tuple(CONVOLUTIONS)):
+    if isinstance(module, (*_CONVOLUTIONS, *OUR_INT8)):
         return _describe_convolution(name, module)
     if isinstance(module, nn.MultiheadAttention):
         return f"{name}({module.embed_dim}, {module.num_heads} heads)"

@@ -119,6 +119,7 @@ _PEERS = {
     "conv": {
         "pybigmodel": ("ours_conv", "build"),
         "pybigmodel_exact": ("ours_conv", "build_exact"),
+        "pybigmodel_bytes": ("ours_conv", "build_bytes"),
         "pybigmodel_contiguous": ("ours_conv", "build_contiguous"),
         "torch_eager": ("torch_conv", "build"),
         "torch_channels_last": ("torch_conv", "build_channels_last"),

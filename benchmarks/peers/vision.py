@@ -72,6 +72,8 @@ def build_ours(problem: Vision, precision: str) -> Contender:
     model = pbm.optimize(
         problem.data.copy(), precision, example_inputs=example, inplace=True, keep_original=False
     )
+    if precision == "int8":  # on what ONNX Runtime's is
+        pbm.calibrate(model, images(_CALIBRATION, seed=2).split(problem.b))
     return _torch(problem, model, precision, torch.channels_last)
 
 
@@ -169,4 +171,5 @@ BUILDERS: dict[str, Callable[[Vision], Contender]] = {
     "openvino_int8": build_openvino_int8,
     "pybigmodel_fp32": partial(build_ours, precision="fp32"),
     "pybigmodel_bf16": partial(build_ours, precision="bf16"),
+    "pybigmodel_int8": partial(build_ours, precision="int8"),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pybigmodel._torch_private import fake_mode_of
-from pybigmodel.nn._conv_chain import packed_fold
+from pybigmodel.nn._conv_fold import packed_fold
 from pybigmodel.nn._packing import Marks, cacheable, pack, packed_for, tell_what_to_forget
 
 _KINDS = (Parameter, Tensor)  # running statistics are buffers

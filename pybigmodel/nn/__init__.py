@@ -11,6 +11,7 @@ from pybigmodel.nn.conv import (
     ConvTranspose3d,
 )
 from pybigmodel.nn.conv_bn_act import ConvBnAct1d, ConvBnAct2d, ConvBnAct3d
+from pybigmodel.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8Conv3d
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
 from pybigmodel.nn.multihead_attention import MultiheadAttention
@@ -33,6 +34,9 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Int8Conv1d",
+    "Int8Conv2d",
+    "Int8Conv3d",
     "Int8Linear",
     "Linear",
     "MultiheadAttention",

@@ -25,18 +25,23 @@ from pybigmodel._torch_private import (
     jit_tracing_state,
 )
 from pybigmodel.nn._activation import activation_of, hooked
-from pybigmodel.nn._conv_plan import MOST, Plan, pad_in_mode
-from pybigmodel.nn._packing import ConvKey, Sources, cacheable, pack_filters, packed_for
+from pybigmodel.nn._conv_fold import outliving
+from pybigmodel.nn._conv_plan import MOST, is_norm, pad_in_mode, plan_for
+from pybigmodel.nn._int8_chain import int8_in_one
+from pybigmodel.nn._packing import Sources, cacheable
 from pybigmodel.nn.conv import FORWARD
+from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS
 from pybigmodel.ops._common import CONV_ACTIVATIONS
 
-NORMS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 _FUNCTIONS: dict[Any, str] = {
     F.relu6: "relu6",
     F.hardswish: "hardswish",
     F.leaky_relu: "leaky_relu",
 }
-_FORWARD = frozenset(FORWARD)
+# What takes in what follows it.
+CONVOLVING: tuple[type[nn.Module], ...] = (*FORWARD, *INT8_CONVOLUTIONS.values())
+_CONVOLVING = frozenset(CONVOLVING)
+_INT8 = frozenset(INT8_CONVOLUTIONS.values())
 _NONE = (0, 0.0)
 is_grad_enabled = torch.is_grad_enabled
 _FIXED = (nn.ReLU, nn.SiLU, nn.Hardswish)
@@ -60,7 +65,7 @@ def convolved(
         pad: a function of x and the convolution, that pads with zeros.
     """
     layer = layers[0]
-    if type(layer) in _FORWARD and not is_grad_enabled() and not is_dynamo_compiling():
+    if type(layer) in _CONVOLVING and not is_grad_enabled() and not is_dynamo_compiling():
         y = _in_one(layer, x, layers, residual, after, pad)
         if y is not None:
             return y
@@ -85,22 +90,15 @@ class Chain:
         self.code = (_NONE if act is None else code_of(act)) if fixed else None
         self._folded: Folded | None = None
 
-    def weights(self, layer: Any, weight: Any, key: ConvKey) -> tuple[Tensor, Tensor | None] | None:
-        """Packed weight and bias as they are now; None where changes could not be noticed."""
-        bias = layer._parameters.get("bias")
+    def weights(self, layer: Any, weight: Any, key: Any) -> tuple[Any, Tensor | None] | None:
+        """The op's weight and bias as they are now; None where changes could not be noticed."""
         if self.norm is None:
-            if layer._packed.is_current(weight):
-                copy = layer._packed.copies.get(key)
-                if copy is not None:
-                    return copy, bias
-            if not cacheable(weight):
-                return None
-            layer.__dict__["_packed"], copy = packed_for(weight, key)
-            return copy, bias
+            operands: tuple[Any, Tensor | None] | None = layer._operands(weight, key)
+            return operands
         norm: Any = self.norm
         parameters, buffers = norm._parameters, norm._buffers
         sources = (
-            *(weight, bias, parameters.get("weight"), parameters.get("bias")),
+            *(*layer._sources(weight), parameters.get("weight"), parameters.get("bias")),
             *(buffers.get("running_mean"), buffers.get("running_var")),
         )
         folded = self._folded
@@ -111,53 +109,19 @@ class Chain:
             folded = self._folded = Folded(sources, norm.eps)
         found = folded.copies.get(key)
         if found is None:
-            found = folded.copies[key] = packed_fold(sources, folded.eps, key)
+            with outliving():
+                found = folded.copies[key] = layer._folded(sources, folded.eps, key)
         return found
 
 
 class Folded:
-    """Packed weights and biases with a norm in them, while what they were made from stays."""
+    """Weights and biases with a norm in them, while what they were made from stays."""
 
     __slots__ = ("copies", "eps", "sources")
 
     def __init__(self, sources: tuple[Any, ...], eps: float) -> None:
         self.sources, self.eps = Sources(sources), eps
-        self.copies: dict[ConvKey, tuple[Tensor, Tensor]] = {}
-
-
-def packed_fold(sources: tuple[Any, ...], eps: float, key: ConvKey) -> tuple[Tensor, Tensor]:
-    """Of the tensors that `fold` takes: the packed weight and the bias."""
-    # Outside inference mode: the copy outlives this call and is used in any mode.
-    with torch.inference_mode(False), torch.no_grad():
-        weight, bias = fold(*sources, eps=eps)
-        return pack_filters(weight, key), bias
-
-
-def fold(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """``W·s`` and ``β + (b − μ)·s`` with ``s = w/√(σ² + ε)``: in float64, each rounded once.
-
-    The weight keeps its dtype, but float16, whose range a factor can leave, becomes float32; the
-    bias is float32.
-    """
-    scale = (var.double() + eps).rsqrt()
-    if gamma is not None:
-        scale = scale * gamma.double()
-    offset = -mean.double() if bias is None else bias.double() - mean.double()
-    offset = offset * scale
-    if beta is not None:
-        offset = offset + beta.double()
-    dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
-    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    return folded.to(dtype), offset.float()
+        self.copies: dict[Any, tuple[Any, Tensor]] = {}
 
 
 def _in_one(
@@ -172,28 +136,25 @@ def _in_one(
         or dispatch_modes()
         or jit_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or not isinstance(x, Tensor)  # torch.fx's
-        or x.is_nested
     ):
         return None
     code = chain.code or code_of(chain.act)
     if code is None:
         return None
+    if type(layer) in _INT8:
+        return int8_in_one(layer, chain, code, x, residual, pad)
+    if not isinstance(x, Tensor) or x.is_nested:  # torch.fx's
+        return None
     if layer.padding_mode != "zeros":
         if pad is not None:
             return None
         x = pad_in_mode(layer, x)
-    weight = layer._parameters.get("weight")
-    if weight is None or x.dtype != weight.dtype or x.dim() != weight.dim():
+    weight = layer._weight_for(x)
+    if weight is None:  # the layer says why
         return None
-    key = x.shape if layer._channels_last else (x.shape, x.stride())
-    if pad is not None:
-        key = key, pad
-    plan = layer._plans.get(key)
-    if plan is None or plan.dtype is not x.dtype:
-        plan = _new_plan(layer, x, weight, pad, key)
-        if plan is None:
-            return None
+    plan = plan_for(layer, x, weight, pad)
+    if plan is None:
+        return None
     if residual is not None and not (
         isinstance(residual, Tensor)
         and residual.dtype == x.dtype
@@ -249,17 +210,9 @@ def _new_chain(layers: tuple[Any, ...], residual: bool, after: Any) -> Chain | N
         rest.append(after)
         after = None
     act = after if residual else (rest.pop(0) if rest else None)
-    if rest or type(layers[0]) not in FORWARD or (act is not None and code_of(act) is None):
+    if rest or type(layers[0]) not in CONVOLVING or (act is not None and code_of(act) is None):
         return None
     return Chain(norm, act, tuple((m, type(m)) for m in modules))
-
-
-def is_norm(module: Any, layer: Any) -> bool:
-    """Whether it is a BatchNorm that can be folded into the convolution."""
-    return (
-        NORMS.get(type(module)) == len(layer.kernel_size) + 2
-        and module.num_features == layer.out_channels
-    )
 
 
 def code_of(function: Any) -> tuple[int, float] | None:
@@ -280,35 +233,3 @@ def code_of(function: Any) -> tuple[int, float] | None:
         slope: Any = function.negative_slope
         return CONV_ACTIVATIONS["leaky_relu"], float(slope)
     return (CONV_ACTIVATIONS["hardswish"], 0.0) if kind is nn.Hardswish else None
-
-
-def _new_plan(layer: Any, x: Tensor, weight: Tensor, pad: Any, key: Any) -> Plan | None:
-    if x.shape[1] != layer.groups * weight.shape[1]:  # which the layer names
-        return None
-    extra = () if pad is None else _sides_of(pad, layer, x)
-    if extra is None:
-        return None
-    if len(layer._plans) >= MOST:
-        layer._plans.clear()
-    plan = Plan(layer, x, weight, extra)
-    if min(plan.out_shape[2:], default=1) < 1:
-        return None
-    layer._plans[key] = plan
-    return plan
-
-
-def _sides_of(pad: Any, layer: Any, x: Tensor) -> tuple[int, ...] | None:
-    """How far the function pads an image of this shape with zeros, before and after, axis by axis:
-    from what it does to one of ones; None where it does something else."""
-    ones = torch.ones((1, 1, *x.shape[2:]))
-    padded = pad(ones, layer)
-    if padded.dim() != ones.dim() or float(padded.sum()) != ones.numel():
-        return None
-    sides = []
-    for axis in range(2, ones.dim()):
-        others = [other for other in range(ones.dim()) if other != axis]
-        there = padded.amax(others).nonzero().flatten().tolist()
-        if len(there) != x.shape[axis] or there[-1] - there[0] + 1 != len(there):
-            return None
-        sides += [there[0], padded.shape[axis] - there[-1] - 1]
-    return tuple(sides)

@@ -189,3 +189,56 @@ def pad_in_mode(layer: nn.Module, input: Tensor) -> Tensor:
     """What comes before a convolution whose padding_mode is not "zeros"."""
     padding = layer._reversed_padding_repeated_twice
     return nn.functional.pad(input, padding, mode=layer.padding_mode)  # type: ignore[arg-type]
+
+
+NORMS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+
+
+def is_norm(module: Any, layer: Any) -> bool:
+    """Whether it is a BatchNorm that can be folded into the convolution."""
+    return (
+        NORMS.get(type(module)) == len(layer.kernel_size) + 2
+        and module.num_features == layer.out_channels
+    )
+
+
+def plan_for(layer: Any, x: Tensor, weight: Any, pad: Any) -> Any:
+    """What the layer does with inputs like x, that `pad` pads before; None where it is not one op
+    or leaves nothing."""
+    key: Any = x.shape if layer._channels_last else (x.shape, x.stride())
+    if pad is not None:
+        key = key, pad
+    plan = layer._plans.get(key)
+    if plan is None or plan.dtype is not x.dtype:
+        plan = _new_plan(layer, x, weight, pad, key)
+    return plan
+
+
+def _new_plan(layer: Any, x: Tensor, weight: Any, pad: Any, key: Any) -> Any:
+    extra = () if pad is None else _sides_of(pad, layer, x)
+    if extra is None:
+        return None
+    if len(layer._plans) >= MOST:
+        layer._plans.clear()
+    plan = layer._new_plan(x, weight, extra)
+    if min(plan.out_shape[2:], default=1) < 1:
+        return None
+    layer._plans[key] = plan
+    return plan
+
+
+def _sides_of(pad: Any, layer: Any, x: Tensor) -> tuple[int, ...] | None:
+    """How far the function pads an image of this shape with zeros, before and after, axis by axis:
+    from what it does to one of ones; None where it does something else."""
+    ones = torch.ones((1, 1, *x.shape[2:]))
+    padded = pad(ones, layer)
+    if padded.dim() != ones.dim() or float(padded.sum()) != ones.numel():
+        return None
+    sides = []
+    for axis in range(2, ones.dim()):
+        others = [other for other in range(ones.dim()) if other != axis]
+        there = padded.amax(others).nonzero().flatten().tolist()
+        if len(there) != x.shape[axis] or there[-1] - there[0] + 1 != len(there):
+            return None
+        sides += [there[0], padded.shape[axis] - there[-1] - 1]
+    return tuple(sides)

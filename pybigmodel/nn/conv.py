@@ -14,6 +14,7 @@ from pybigmodel._torch_private import (
     forward_ad,
     jit_tracing_state,
 )
+from pybigmodel.nn._conv_fold import packed_fold
 from pybigmodel.nn._conv_layer import STATE as STATE
 from pybigmodel.nn._conv_layer import ConvLayer, are_channels_last, is_single
 from pybigmodel.nn._conv_plan import (
@@ -26,7 +27,7 @@ from pybigmodel.nn._conv_plan import (
     pad_in_mode,
     padding_of,
 )
-from pybigmodel.nn._packing import cacheable, packed_for
+from pybigmodel.nn._packing import ConvKey, cacheable, packed_for
 from pybigmodel.nn._product import is_traced, wants_gradient
 from pybigmodel.ops._common import (
     refuse_forward_mode,
@@ -118,6 +119,34 @@ class _Conv(ConvLayer):
                 self._plans.clear()
             self._plans[key] = plan
         return plan
+
+    # --- in a chain (_conv_chain.py) --------------------------------------------------------------
+
+    def _weight_for(self, x: Tensor) -> Any:
+        weight: Any = self._parameters.get("weight")
+        return weight if weight is not None and self._fits(x, weight) else None
+
+    def _new_plan(self, x: Tensor, weight: Any, extra: tuple[int, ...]) -> Plan:
+        return Plan(self, x, weight, extra)
+
+    def _operands(self, weight: Any, key: ConvKey) -> tuple[Tensor, Any] | None:
+        """The op's weight and bias; None where changes could not be noticed."""
+        bias = self._parameters.get("bias")
+        if self._packed.is_current(weight):
+            copy = self._packed.copies.get(key)
+            if copy is not None:
+                return copy, bias
+        if not cacheable(weight):
+            return None
+        self.__dict__["_packed"], copy = packed_for(weight, key)
+        return copy, bias
+
+    def _sources(self, weight: Any) -> tuple[Any, ...]:
+        return weight, self._parameters.get("bias")
+
+    def _folded(self, sources: tuple[Any, ...], eps: float, key: ConvKey) -> tuple[Tensor, Tensor]:
+        """The operands with a norm in them."""
+        return packed_fold(sources, eps, key)
 
     def _unpacked(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         single = is_single(input, weight)

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pybigmodel.nn._conv_chain import convolved, is_norm
+from pybigmodel.nn._conv_chain import convolved
+from pybigmodel.nn._conv_plan import is_norm
 from pybigmodel.nn.conv import CONVOLUTIONS, Conv1d, Conv2d, Conv3d
+from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS, Int8Conv1d, Int8Conv2d, Int8Conv3d
 
 
 class _ConvBnAct(nn.Module):
@@ -22,10 +24,11 @@ class _ConvBnAct(nn.Module):
     ) -> None:
         super().__init__()
         layer: Any = convolution
-        if not isinstance(layer, self._kind):
+        int8 = INT8_CONVOLUTIONS[self._kind]
+        if not isinstance(layer, (self._kind, int8)):
             raise TypeError(
-                f"{type(self).__name__}: convolution must be a torch.nn.{self._kind.__name__}, got "
-                f"{type(layer).__name__}"
+                f"{type(self).__name__}: convolution must be a torch.nn.{self._kind.__name__} or "
+                f"pybigmodel.nn.{int8.__name__}, got {type(layer).__name__}"
             )
         if norm is not None and not is_norm(norm, layer):
             raise ValueError(
@@ -33,7 +36,7 @@ class _ConvBnAct(nn.Module):
                 f"channels of the convolution, got {norm}"
             )
         ours = CONVOLUTIONS[self._kind]
-        self.convolution = layer if isinstance(layer, ours) else ours.from_torch(layer)
+        self.convolution = layer if isinstance(layer, (ours, int8)) else ours.from_torch(layer)
         self.norm = norm
         self.activation = activation
 
@@ -53,7 +56,8 @@ class ConvBnAct2d(_ConvBnAct):
     and does the same with them without replacing the modules that call them.
 
     Args:
-        convolution: a torch.nn.Conv2d, or pybigmodel.nn's; the former's Parameters are taken over.
+        convolution: a torch.nn.Conv2d, whose Parameters are taken over, or pybigmodel.nn's; an
+            Int8Conv2d has the norm folded into its scales.
         norm: a torch.nn.BatchNorm2d over its output, or None. Without running statistics it is
             called for itself.
         activation: a function or module. relu, gelu, silu, relu6, hardswish and leaky_relu are done
@@ -67,18 +71,18 @@ class ConvBnAct2d(_ConvBnAct):
     """
 
     _kind = nn.Conv2d
-    convolution: Conv2d
+    convolution: Conv2d | Int8Conv2d
 
 
 class ConvBnAct1d(_ConvBnAct):
     """:class:`ConvBnAct2d` of a torch.nn.Conv1d and BatchNorm1d."""
 
     _kind = nn.Conv1d
-    convolution: Conv1d
+    convolution: Conv1d | Int8Conv1d
 
 
 class ConvBnAct3d(_ConvBnAct):
     """:class:`ConvBnAct2d` of a torch.nn.Conv3d and BatchNorm3d."""
 
     _kind = nn.Conv3d
-    convolution: Conv3d
+    convolution: Conv3d | Int8Conv3d

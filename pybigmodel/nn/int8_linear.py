@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pybigmodel._torch_private import applied, forward_ad
+from pybigmodel._torch_private import forward_ad
+from pybigmodel.nn._int8_layer import ADVICE, Int8Layer, without_gradient
 from pybigmodel.nn._product import activated, wants_gradient
 from pybigmodel.ops import pack_int8_linear_weight, quantize_weight
 from pybigmodel.ops._checks import MAX_INT8_K, PANEL
@@ -25,12 +23,9 @@ from pybigmodel.ops._common import (
 _int8_linear = torch.ops.pybigmodel.int8_linear.default
 _int8_weight_only_linear = torch.ops.pybigmodel.int8_weight_only_linear.default
 _is_grad_enabled = torch.is_grad_enabled
-# In a state_dict. Not "weight", which with strict=False a float layer would load.
-_KEY = "weight_int8"
-_ADVICE = "leave such layers out of pbm.optimize (pbm.restore puts torch's back)"
 
 
-class Int8Linear(torch.nn.Module):
+class Int8Linear(Int8Layer):
     """Linear layer with int8 weights, one scale per output feature; for inference.
 
     ``y = s_n·Σ_k x·w + b``, where x is quantised to int8 per token inside the product (dynamic), or
@@ -56,9 +51,7 @@ class Int8Linear(torch.nn.Module):
             gradient through the layer is asked for (the output of a call under autograd is usable).
     """
 
-    packed_weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
+    _maker = "from_linear"
 
     def __init__(
         self,
@@ -81,16 +74,7 @@ class Int8Linear(torch.nn.Module):
         self.out_features = out_features
         self.weight_only = weight_only
         self.symmetric = symmetric
-        weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        scale = torch.full((out_features,), torch.nan, dtype=torch.float32, device=device)
-        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self._set_buffers(pack_int8_linear_weight(weight), scale, zeros)
-
-    def _set_buffers(self, packed_weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        self.register_buffer("packed_weight", packed_weight, persistent=False)
-        self.register_buffer("weight_scale", scale)
-        # A buffer, not a Parameter: nothing here is trained.
-        self.register_buffer("bias", bias)
+        self._set_empty(bias, device, dtype)
 
     @classmethod
     def from_linear(
@@ -117,6 +101,13 @@ class Int8Linear(torch.nn.Module):
         return new
 
     @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return pack_int8_linear_weight(weight)
+
+    @property
     def weight(self) -> Tensor:
         """The int8 weight (out_features, in_features), a copy."""
         panels = self.packed_weight[:, :-1].unflatten(2, (PANEL, 4))  # the last group: column sums
@@ -124,10 +115,6 @@ class Int8Linear(torch.nn.Module):
         # clone, where contiguous() might give a view of the padded storage.
         part = full[: self.out_features, : self.in_features]
         return part.clone(memory_format=torch.contiguous_format)
-
-    def dequantized_weight(self) -> Tensor:
-        """The float32 weight that the layer computes with: scale · weight."""
-        return self.weight * self.weight_scale.unsqueeze(1)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(input, 0)
@@ -156,7 +143,7 @@ class Int8Linear(torch.nn.Module):
                 f"{self.in_features}, got input of shape {tuple(input.shape)}"
             )
         if _is_grad_enabled() and input.requires_grad is True:
-            y = _without_gradient(input, self)
+            y = without_gradient(input, self)
             return y
         packed, scale, bias = (buffers[name] for name in ("packed_weight", "weight_scale", "bias"))
         try:
@@ -165,108 +152,14 @@ class Int8Linear(torch.nn.Module):
             else:
                 y = _int8_linear(input, packed, scale, bias, None, activation, self.symmetric)
         except NotImplementedError as error:
-            raise no_kernel("Int8Linear", _ADVICE, input=input, **buffers) from error
+            raise no_kernel("Int8Linear", ADVICE, input=input, **buffers) from error
         except RuntimeError as error:
             if input.dtype != torch.float64:
                 raise
             raise RuntimeError(
-                f"pybigmodel.nn.Int8Linear does not compute in float64; {_ADVICE}"
+                f"pybigmodel.nn.Int8Linear does not compute in float64; {ADVICE}"
             ) from error
         return y
-
-    # --- state -----------------------------------------------------------------------------------
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        destination[prefix + _KEY] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + _KEY
-        others = {name: value for name, value in state_dict.items() if name != key}
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        weight = state_dict.get(key)
-        if weight is not None or prefix + "weight_scale" in state_dict:
-            self._free_original()
-        if weight is None:
-            if prefix + "weight" in state_dict:
-                error_msgs.append(
-                    f"{key} must be in the state_dict, got {prefix}weight, a float layer's; "
-                    "Int8Linear.from_linear quantises a float layer"
-                )
-            elif strict:
-                missing_keys.append(key)
-            return
-        shape = (self.out_features, self.in_features)
-        if weight.dtype != torch.int8 or tuple(weight.shape) != shape:
-            error_msgs.append(
-                f"{key} must be int8 of shape {shape}, got {weight.dtype} of shape "
-                f"{tuple(weight.shape)}; Int8Linear.from_linear quantises a float layer"
-            )
-            return
-        with torch.no_grad():
-            if local_metadata.get("assign_to_params_buffers", False):
-                self.packed_weight = pack_int8_linear_weight(weight)
-            else:
-                device = self.packed_weight.device
-                self.packed_weight.copy_(pack_int8_linear_weight(weight.to(device)))
-
-    def _free_original(self) -> None:
-        """Leave of the kept float layer what int8 does not know: its dtype, what was trained."""
-        original = self.__dict__.get("_original")
-        if original is not None:
-            weight = original.weight
-            empty = weight.detach().new_empty(0)
-            original.weight = torch.nn.Parameter(empty, weight.requires_grad)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A pickle is a checkpoint: no packed layout, and no float originals (see pbm.optimize).
-        state = {**self.__dict__, "_buffers": {**self._buffers}}
-        if "_original" in state:
-            state["_original"] = None
-        state["_buffers"]["packed_weight"] = self.weight
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self.packed_weight = pack_int8_linear_weight(self.packed_weight)
-
-    def __copy__(self) -> Int8Linear:
-        new = self.__new__(type(self))
-        new.__dict__ = {**self.__dict__, "_buffers": {**self._buffers}}
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
-        new = self.__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return new
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Int8Linear:
-        kept = {name: self._buffers[name] for name in ("packed_weight", "weight_scale")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = self._buffers[name]
-            assert before is not None and after is not None
-            if after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        original = self.__dict__.get("_original")
-        if original is not None:
-            original._apply(fn)
-        return self
 
     def extra_repr(self) -> str:
         mode = "weight_only" if self.weight_only else "dynamic"
@@ -274,66 +167,3 @@ class Int8Linear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {mode}, symmetric={self.symmetric}"
         )
-
-
-# --- to another process: the packed weight itself, so that it stays shared ------------------------
-
-
-def _send(layer: Int8Linear) -> tuple[Callable[..., Int8Linear], tuple[Any, ...]]:
-    return _receive, (type(layer), vars(layer))
-
-
-def _receive(kind: type[Int8Linear], state: dict[str, Any]) -> Int8Linear:
-    layer = kind.__new__(kind)
-    layer.__dict__ = state
-    return layer
-
-
-ForkingPickler.register(Int8Linear, _send)
-
-# --- the gradient that is not there -------------------------------------------------------------
-
-_library = torch.library.Library("pybigmodel", "FRAGMENT")
-_library.define(
-    "refuse_gradient(Tensor grad_output, int in_features) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _refuse_gradient(grad_output: Tensor, in_features: int) -> Tensor:
-    raise RuntimeError(
-        "pybigmodel.nn.Int8Linear is for inference: a gradient through it was asked for. Train the "
-        "float model (pbm.restore), or detach() what goes into or comes out of the layer"
-    )
-
-
-def _refuse_gradient_fake(grad_output: Tensor, in_features: int) -> Tensor:
-    return grad_output.new_empty((*grad_output.shape[:-1], in_features))
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("refuse_gradient", _refuse_gradient, _device)
-torch.library.register_fake("pybigmodel::refuse_gradient", _refuse_gradient_fake, lib=_library)
-
-
-class _NoGradient(torch.autograd.Function):
-    """The layer, with a backward that raises. An op does, so that a compiled graph may hold it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input: Tensor, layer: Int8Linear) -> Tensor:
-        return layer.forward(input)  # without gradients here
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.in_features = inputs[1].in_features
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad_output,) = grad_outputs
-        grad: Tensor = torch.ops.pybigmodel.refuse_gradient.default(grad_output, ctx.in_features)
-        return grad, None
-
-
-_without_gradient = applied(_NoGradient)

@@ -13,6 +13,11 @@ from pybigmodel.ops.conv import (
     pack_conv_weight,
 )
 from pybigmodel.ops.conv_transpose import conv_transpose1d, conv_transpose2d, conv_transpose3d
+from pybigmodel.ops.int8_conv import (
+    int8_conv,
+    int8_conv2d,
+    pack_int8_conv_weight,
+)
 from pybigmodel.ops.int8_linear import (
     int8_linear,
     int8_weight_only_linear,
@@ -36,11 +41,14 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "int8_conv",
+    "int8_conv2d",
     "int8_linear",
     "int8_weight_only_linear",
     "linear",
     "linear_packed",
     "pack_conv_weight",
+    "pack_int8_conv_weight",
     "pack_int8_linear_weight",
     "pack_linear_weight",
     "quantize_per_token",

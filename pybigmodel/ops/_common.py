@@ -35,7 +35,7 @@ def precision_code(precision: str) -> int:
 
 def refuse_derivative(op: str, **tensors: Tensor | None) -> None:
     """For an op of inference while derivatives are recorded: none may silently end in it."""
-    family = op.partition("_")[0]
+    family = op.removeprefix("int8_").partition("_")[0]
     other = {"attention": "attention", "conv": "conv2d"}.get(family, "linear")
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():

@@ -34,7 +34,7 @@ _ops = torch.ops.pybigmodel
 # --- fake kernels -------------------------------------------------------------------------------
 
 
-def _image(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+def image(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     if not channels_last:
         return like.new_empty(shape)
     batch, channels, *sizes = shape
@@ -85,7 +85,7 @@ def _conv_fake(
     geometry = (stride, padding, dilation, groups, precision, algorithm)
     shape = _conv_shape(op, input, weight, *geometry)
     check.check_bias(op, input, weight.shape[0], bias)
-    return _image(input, shape, channels_last)
+    return image(input, shape, channels_last)
 
 
 @torch.library.register_fake("pybigmodel::pack_conv_weight")
@@ -166,7 +166,7 @@ def _conv_packed_fake(
     shape = (input.shape[0], out_channels, *sizes)
     if residual is not None:
         check_output_like(op, "residual", residual, input, shape)
-    return _image(input, shape, channels_last)
+    return image(input, shape, channels_last)
 
 
 @torch.library.register_fake("pybigmodel::conv_backward")
@@ -204,7 +204,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     nothing = (0,)
     return (
-        _image(input, input.shape, channels_last) if need_input else input.new_empty(nothing),
+        image(input, input.shape, channels_last) if need_input else input.new_empty(nothing),
         weight.new_empty(weight.shape if need_weight else nothing),
         input.new_empty((n,) if need_bias else nothing, dtype=torch.float32),
     )
@@ -228,7 +228,7 @@ def _conv_transpose_fake(
     check.check_bias(op, input, weight.shape[1] * groups, bias)
     geometry = (stride, padding, output_padding, dilation)
     sizes = transposed_sizes(op, input, weight.shape[2:], *geometry)
-    return _image(input, (input.shape[0], weight.shape[1] * groups, *sizes), channels_last)
+    return image(input, (input.shape[0], weight.shape[1] * groups, *sizes), channels_last)
 
 
 @torch.library.register_fake("pybigmodel::conv_transpose_backward")

@@ -49,6 +49,22 @@ def _int8_linear(
     return 2 * prod(input) * weight_scale[0]
 
 
+@register_flop_formula(_ops.int8_conv)
+def _int8_conv(
+    input: Shape,
+    packed_weight: Shape,
+    weight_scale: Shape,
+    bias: Shape | None,
+    residual: Shape | None,
+    window: Shape,
+    groups: int,
+    *rest: Any,
+    out_shape: Shape,
+    **kwargs: Any,
+) -> int:
+    return 2 * prod(out_shape) * (input[1] // groups) * prod(window[::5])
+
+
 @register_flop_formula(_ops.conv)
 def conv(input: Shape, weight: Shape, *rest: Any, out_shape: Shape, **kwargs: Any) -> int:
     return 2 * prod(out_shape) * prod(weight[1:])

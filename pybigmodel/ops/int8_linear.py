@@ -48,27 +48,31 @@ def quantize_per_token(input: Tensor, symmetric: bool = False) -> tuple[Tensor, 
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) to int8 per output channel: w ≈ s_n·q, q in [−127, 127].
+    """A weight to int8 per output channel: w ≈ s_n·q, q in [−127, 127].
+
+    Args:
+        weight: (N, K) of a linear layer, or (O, C, kernel…) of a convolution, floating.
 
     Returns:
-        q (N, K) int8, scale (N,) float32; |w − s·q| ≤ s/2.
+        q of weight's shape, int8; scale (N,) or (O,), float32; |w − s·q| ≤ s/2.
 
     Raises:
-        ValueError: the weight is not a floating matrix, or has NaN or infinity in it.
+        ValueError: the weight is not floating or has other dimensions, or NaN or infinity in it.
     """
-    if weight.dim() != 2 or weight.dtype not in check.FLOAT_DTYPES:
+    if not 2 <= weight.dim() <= 5 or weight.dtype not in check.FLOAT_DTYPES:
         raise ValueError(
-            "quantize_weight: weight must be a float32, bfloat16 or float16 matrix, got "
-            f"{weight.dtype} of shape {tuple(weight.shape)}"
+            "quantize_weight: weight must be float32, bfloat16 or float16 with 2 to 5 dimensions, "
+            f"got {weight.dtype} of shape {tuple(weight.shape)}"
         )
-    q, scale, _ = quantize_per_token(weight.detach(), symmetric=True)
+    rows = weight.detach().flatten(1)
+    q, scale, _ = quantize_per_token(rows, symmetric=True)
     bad = scale.isnan().nonzero()
     if bad.numel():
         raise ValueError(
             f"quantize_weight: weight has NaN or infinity in {bad.shape[0]} of its rows, "
             f"the first being row {int(bad[0])}"
         )
-    return q, scale
+    return q.view(weight.shape), scale
 
 
 def pack_int8_linear_weight(weight: Tensor) -> Tensor:

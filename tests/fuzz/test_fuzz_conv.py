@@ -12,6 +12,7 @@ import torch
 from conv_cases import WINOGRAD2, WINOGRAD4, Geometry, winograd_bound
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from int8_conv_cases import Filters, image, within_rounding
 from strategies import tensors
 from torch import Tensor
 
@@ -100,3 +101,26 @@ def test_gradients(data: Any, geometry: Geometry, dtype: torch.dtype) -> None:
                     limit = off + torch.finfo(dtype).eps * (e.abs() + off)
                     limit = limit + torch.finfo(dtype).smallest_normal
                     assert ((g.double() - e).abs() <= limit).all(), (isa, last)
+
+
+@given(st.data(), geometries(), st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]))
+def test_int8(data: Any, geometry: Geometry, dtype: torch.dtype) -> None:
+    """Integer sums are exact on every tier: what is after them rounds a few times."""
+    filters, x = Filters(geometry), image(geometry, dtype)
+    zero = data.draw(st.integers(0, 255))
+    static = {"input_scale": data.draw(st.floats(1e-3, 1.0)), "input_zero_point": zero}
+    options: dict[str, Any] = static if dtype == torch.uint8 or data.draw(st.booleans()) else {}
+    bias = torch.randn(geometry.channels[1])
+    exact = filters.exact(x, bias, **options)
+    scale = float(exact.abs().amax()) / 100 + 1e-3 if exact.numel() else 1.0
+    expected = (exact / scale + zero).clamp(0, 255)
+    for isa in available_isas():
+        with force_isa(isa):
+            for last in (False, True):
+                options["channels_last"] = last
+                y = filters.run(x, bias, **options)
+                assert y.shape == exact.shape
+                codes = filters.run(x, bias, **options, output_scale=scale, output_zero_point=zero)
+                if exact.numel():
+                    within_rounding(y, exact)
+                    assert ((codes.double() - expected).abs() <= 0.5 + 1e-3).all(), (isa, last)

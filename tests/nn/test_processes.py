@@ -16,7 +16,8 @@ def change(layer):
 
 if __name__ == "__main__":
     x = torch.ones(2, 40)
-    layers = [pbm.nn.Linear(40, 8), pbm.nn.Int8Linear.from_linear(torch.nn.Linear(40, 8))]
+    conv = pbm.nn.Int8Conv1d.from_conv(torch.nn.Conv1d(2, 8, 3))
+    layers = [pbm.nn.Linear(40, 8), pbm.nn.Int8Linear.from_linear(torch.nn.Linear(40, 8)), conv]
     for layer in layers:
         with torch.no_grad():
             assert layer(x).abs().sum() > 0

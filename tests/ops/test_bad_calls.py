@@ -144,7 +144,15 @@ GOOD["conv_transpose_backward"] = {
     **{"grad_output": ((2, 18, 15, 7), F32), **UPWARD, **HOW, "channels_last": False},
     **NEEDS,
 }
-CONVOLUTIONS = [op for op in GOOD if "conv" in op and op != "pack_conv_weight"]
+GOOD["pack_int8_conv_weight"] = {"weight": ((18, 10, 3, 2), INT8), "groups": 2}
+GOOD["int8_conv"] = {
+    **{**IMAGE, "packed_weight": ((2, 19, 64), INT8), "weight_scale": ((18,), F32)},
+    **{"bias": None, "residual": None, "window": [3, 2, 0, 1, 1, 2, 1, 2, 0, 2], "groups": 2},
+    **{"activation": 0, "slope": 0.0, "input_scale": 0.1, "input_zero_point": 5},
+    **{"residual_scale": 0.0, "residual_zero_point": 0},
+    **{"output_scale": 0.0, "output_zero_point": 0, "channels_last": False},
+}
+CONVOLUTIONS = [op for op in GOOD if "conv" in op and "pack_" not in op and "int8" not in op]
 GOOD["int8_weight_only_linear"] = {k: v for k, v in GOOD["int8_linear"].items() if k != "symmetric"}
 
 
@@ -238,7 +246,7 @@ def bad_calls() -> list[Bad]:
         ]
     for op in CONVOLUTIONS:
         calls += bad_convolution(op)
-    calls += bad_packed_convolution()
+    calls += bad_packed_convolution() + bad_int8_convolution()
     for op in ATTENTION:
         calls += bad_attention(op)
     for op in ("additive_attention", "additive_attention_backward"):
@@ -341,6 +349,58 @@ def bad_packed_convolution() -> list[Bad]:
         Bad(pack, "algorithm", 2, "2"),
         Bad(pack, "algorithm", 3, "(18, 10, 3, 2)"),
         Bad(pack, "algorithm", 5, "(18, 10, 3, 2)"),
+    ]
+
+
+def bad_int8_convolution() -> list[Bad]:
+    op, pack = "int8_conv", "pack_int8_conv_weight"
+    window = GOOD[op]["window"]
+    scales = [
+        Bad(op, f"{name}_{value}", number, got)
+        for name in ("input", "residual", "output")
+        for value, number, got in (
+            ("scale", -1.0, "-1"),
+            ("scale", math.nan, "nan"),
+            ("scale", math.inf, "inf"),
+            ("scale", 1e-40, "e-4"),
+            ("zero_point", -1, "-1"),
+            ("zero_point", 256, "256"),
+        )
+    ]
+    return [
+        *[bad for bad in scales if bad.argument.partition("_")[0] != "residual"],
+        Bad(op, "input", ((2, 20, 7, 6), F64), "float64"),
+        Bad(op, "input", ((2, 20, 7, 6), INT8), "int8"),
+        Bad(op, "input", ((), F32), "()"),
+        Bad(op, "input", ((2, 20), F32), "(2, 20)"),
+        Bad(op, "input", ((1, 2, 20, 1, 7, 6), F32), "(1, 2, 20, 1, 7, 6)"),
+        Bad(op, "input", ((2, 20, 1, 6), F32), "(2, 20, 1, 6)"),
+        Bad(op, "window", window[:5], "(3, 2, 0, 1, 1"),
+        Bad(op, "window", [], "()"),
+        Bad(op, "groups", 0, "0"),
+        Bad(op, "groups", -2, "-2"),
+        Bad(op, "groups", 7, "7"),
+        Bad(op, "packed_weight", ((2, 19, 64), torch.uint8), "uint8"),
+        Bad(op, "packed_weight", ((2, 18, 64), INT8), "(2, 18, 64)"),
+        Bad(op, "packed_weight", ((3, 19, 64), INT8), "(3, 19, 64)"),
+        Bad(op, "packed_weight", ((38, 64), INT8), "(38, 64)"),
+        Bad(op, "packed_weight", lambda: transposed((2, 19, 64), INT8), "contiguous"),
+        Bad(op, "weight_scale", ((18,), BF16), "bfloat16"),
+        Bad(op, "weight_scale", ((18, 1), F32), "(18, 1)"),
+        Bad(op, "bias", ((17,), F32), "(17,)"),
+        Bad(op, "bias", ((1, 18), F32), "(1, 18)"),
+        Bad(op, "bias", ((18,), BF16), "bfloat16"),
+        Bad(op, "residual", ((2, 18, 3, 7), F32), "(2, 18, 3, 7)"),
+        Bad(op, "residual", ((18, 3, 6), F32), "(18, 3, 6)"),
+        Bad(op, "residual", ((2, 18, 3, 6), BF16), "bfloat16"),
+        Bad(op, "residual", ((2, 18, 3, 6), torch.uint8), "uint8"),
+        Bad(op, "activation", 8, "8"),
+        Bad(op, "activation", -1, "-1"),
+        Bad(pack, "weight", ((18, 10, 3, 2), F32), "float32"),
+        Bad(pack, "weight", ((18, 10), INT8), "(18, 10)"),
+        Bad(pack, "weight", ((), INT8), "()"),
+        Bad(pack, "groups", 0, "0"),
+        Bad(pack, "groups", 4, "4"),
     ]
 
 

@@ -46,6 +46,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "int8_weight_only_linear": (x, packed, scale, b, r, 3),
         "int8_weight_only_linear, bf16": (x3.to(half), packed, scale, None, None, 0),
         **conv_samples(),
+        **int8_conv_samples(),
         **attention_samples(),
         **decoding_samples(),
         **additive_samples(),
@@ -100,6 +101,51 @@ def conv_samples() -> dict[str, tuple[Any, ...]]:
         options = (*args[3:5], *args[6:], True, name != ", groups", name == "")
         samples[f"conv_transpose_backward{name}"] = (dy, *args[:2], *options)
     return samples
+
+
+def int8_conv_samples() -> dict[str, tuple[Any, ...]]:
+    """Floating and uint8 images in and out, of one to three axes."""
+    x, w = torch.randn(2, 20, 7, 6), torch.randint(-127, 128, (18, 10, 3, 3), dtype=torch.int8)
+    codes, r = torch.randint(0, 256, (2, 20, 7, 6), dtype=torch.uint8), torch.randn(2, 18, 7, 6)
+    packed, scale, b = pbm.pack_int8_conv_weight(w, 2), torch.rand(18) / 100, torch.randn(18)
+    last = x.to(memory_format=torch.channels_last)
+    plane, uneven = [3, 1, 1, 1, 1] * 2, [3, 2, 0, 1, 1, 3, 1, 2, 3, 2]
+    static, none, out = (0.1, 7), (0.0, 0), (0.3, 200)
+    bytes_ = torch.randint(0, 256, (2, 18, 7, 6), dtype=torch.uint8)
+    line = torch.randint(-127, 128, (4, 6, 2), dtype=torch.int8)
+    cube = torch.randint(-127, 128, (6, 3, 2, 1, 3), dtype=torch.int8)
+    wide = [2, 1, 1, 0, 1, 1, 2, 0, 0, 1, 3, 1, 2, 1, 1]
+    call = (packed, scale)
+    return {
+        "pack_int8_conv_weight": (w, 2),
+        "pack_int8_conv_weight, 1 axis": (line, 1),
+        "int8_conv": (x, *call, b, r, plane, 2, 1, 0.0, *static, *none, *none, False),
+        "int8_conv, dynamic": (last, *call, b, None, uneven, 2, 7, 0.1, *[*none] * 3, True),
+        "int8_conv, bf16": (x.bfloat16(), *call, None, None, plane, 2, 4, 0.0, *[*none] * 3, False),
+        "int8_conv, bytes in": (codes, *call, b, r, plane, 2, 0, 0.0, *static, *none, *none, True),
+        "int8_conv, bytes": (
+            codes,
+            *call,
+            b,
+            bytes_,
+            plane,
+            2,
+            5,
+            0.0,
+            *static,
+            *static,
+            *out,
+            True,
+        ),
+        "int8_conv, 1 axis": (
+            *(torch.randn(2, 6, 9), pbm.pack_int8_conv_weight(line, 1), torch.ones(4), None, None),
+            *([2, 2, 0, 1, 3], 1, 0, 0.0, *static, *none, *out, False),
+        ),
+        "int8_conv, 3 axes": (
+            *(torch.randn(1, 3, 4, 5, 6), pbm.pack_int8_conv_weight(cube, 1), torch.ones(6)),
+            *(None, None, wide, 1, 6, 0.0, *[*none] * 3, True),
+        ),
+    }
 
 
 def attention_samples() -> dict[str, tuple[Any, ...]]:

@@ -461,7 +461,7 @@ def test_layouts_may_be_left_as_they_are() -> None:
 def test_precisions(precision: str) -> None:
     model, x = made("resnet"), image()
     fused = pbm.optimize(model, precision)
-    assert {row.precision for row in rows_of(fused)} == {"bf16" if precision == "bf16" else "fp32"}
+    assert {row.precision for row in rows_of(fused)} == {precision}
     with torch.no_grad():
         bound = {"fp32": 1e-5, "bf16": 3e-2, "int8": 3e-2}[precision]
         assert difference(run(fused, x), run(model, x))[0] < bound

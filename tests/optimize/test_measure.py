@@ -153,7 +153,7 @@ def test_other_load_is_measured_longer_and_kept(rounds, monkeypatch) -> None:
     monkeypatch.setattr(OtherLoad, "cores", lambda self: 1.3)
     layer = nn.Linear(3, 3)
     trial = _measure.Trial(layer, pbm.nn.Linear.from_linear(layer))
-    _measure.run_trials(layer, torch.ones(2, 3), {"": trial})
+    _measure.run_trials(layer, torch.ones(2, 3), [trial])
     assert asked == [_measure.ROUNDS, _measure.MORE_ROUNDS]
     assert (trial.speedup, trial.other_load) == (2.0, 1.3)
 
@@ -187,7 +187,7 @@ def test_empty_inputs_say_nothing(twice_as_fast) -> None:
     layer = nn.Linear(8, 8)
     trial = _measure.Trial(layer, pbm.nn.Linear.from_linear(layer))
     pbm.ops.linear(torch.ones(1, 8), torch.ones(8, 8))  # a kernel that ran before
-    _measure.run_trials(layer, torch.ones(0, 8), {"": trial})
+    _measure.run_trials(layer, torch.ones(0, 8), [trial])
     assert trial.kernel is None and trial.failure == NOTHING
 
 

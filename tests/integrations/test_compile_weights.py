@@ -421,4 +421,4 @@ def test_int8_layers(graphs: list[Any]) -> None:
         assert difference(run(x), fast(x))[0] < 1e-5
     names = [str(n.target) for n in graphs[-1].nodes]
     assert names.count("pybigmodel.int8_linear.default") == 1
-    assert names.count("pybigmodel.conv_packed.default") == 2
+    assert names.count("pybigmodel.int8_conv.default") == 2

@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   // --- convolution: act(x * w + bias) over (N, C, spatial…); padding: before and after, axis by axis; algorithm: csrc/cpu/kernels/conv_algorithm.h
   m.def("pack_conv_weight(Tensor weight, int groups, int precision, int algorithm) -> Tensor");
   m.def("conv_packed(Tensor input, Tensor packed_weight, int out_channels, int[] kernel_size, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, int activation, float slope, int algorithm, bool channels_last) -> Tensor");
+  // several, one after another: program has for each step input, packed_weight, bias, residual (places among tensors and then the results of steps before; -1: none), out_channels, groups, activation, algorithm, channels_last, the number of axes, and axis by axis kernel, stride, padding before and after, dilation
+  m.def("conv_sequence(Tensor[] tensors, int[] program, float[] slopes, int[] outputs) -> Tensor[]");
   m.def("conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int precision, int algorithm, bool channels_last) -> Tensor");
   m.def("conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int precision, int algorithm, bool channels_last, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("conv_transpose(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, int precision, bool channels_last) -> Tensor");

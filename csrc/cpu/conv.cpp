@@ -33,15 +33,24 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed_weight, int64_t out
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, Ints stride, Ints padding,
                    Ints dilation, int64_t groups, int64_t activation, double slope, int64_t algorithm,
                    bool channels_last) {
-  const char* op = "conv_packed";
+  return packed_conv("conv_packed", input, packed_weight, out_channels, kernel_size,
+                     {stride, padding, dilation, groups}, {bias, residual, activation, slope}, algorithm,
+                     channels_last);
+}
+
+}  // namespace
+
+Tensor packed_conv(const char* op, const Tensor& input, const Tensor& packed_weight, int64_t out_channels,
+                   const Ints& kernel_size, const ConvGeometry& g, const ConvEpilogue& epilogue, int64_t algorithm,
+                   bool channels_last) {
+  const int64_t groups = g.groups;
   check_float(op, "input", input);
   check_image(op, input);
   check_groups(op, input, groups);
   STD_TORCH_CHECK(out_channels >= 0, op, ": out_channels must be at least 0, got ", out_channels);
-  const ConvGeometry g{stride, padding, dilation, groups};
   const ConvShape s = shape_for(op, input, out_channels, input.size(1) / groups, kernel_size, g);
-  check_bias(op, bias, out_channels, input);
-  check_conv_activation(op, activation);
+  check_bias(op, epilogue.bias, out_channels, input);
+  check_conv_activation(op, epilogue.activation);
   const ScalarType packed = packed_weight.scalar_type();
   STD_TORCH_CHECK(packed == ScalarType::Float || packed == ScalarType::BFloat16, op,
                   ": packed_weight must be float32 or bfloat16, as pack_conv_weight makes it, got ",
@@ -56,15 +65,14 @@ Tensor conv_packed(const Tensor& input, const Tensor& packed_weight, int64_t out
   STD_TORCH_CHECK(same, op, ": packed_weight must be contiguous with shape ", list_of(sizes, 3),
                   ", as pack_conv_weight makes it for this convolution and algorithm, got ", shape_of(packed_weight));
   check_same_device(op, "packed_weight", packed_weight, input);
-  if (residual) {
-    check_dtype(op, "residual", *residual, input.scalar_type());
-    check_same_device(op, "residual", *residual, input);
-    check_conv_output(op, "residual", *residual, s, input.dim());
+  if (epilogue.residual) {
+    check_dtype(op, "residual", *epilogue.residual, input.scalar_type());
+    check_same_device(op, "residual", *epilogue.residual, input);
+    check_conv_output(op, "residual", *epilogue.residual, s, input.dim());
   }
-  return run_conv(input, s, flavour, chosen, packed_weight, {bias, residual, activation, slope}, channels_last);
+  return run_conv(input, s, flavour, chosen, packed_weight, epilogue, channels_last);
 }
 
-}  // namespace
 }  // namespace pbm
 
 STABLE_TORCH_LIBRARY_IMPL(pybigmodel, CPU, m) {

@@ -122,6 +122,10 @@ ConvPlanes planes_of(const ConvShape& shape, const Tensor& input);
 Tensor in_planes(const Tensor& t);
 Tensor run_conv(const Tensor& input, const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm,
                 const Tensor& packed, const ConvEpilogue& epilogue, bool channels_last);
+// conv_packed, with its checks.
+Tensor packed_conv(const char* op, const Tensor& input, const Tensor& packed_weight, int64_t out_channels,
+                   const Ints& kernel_size, const ConvGeometry& geometry, const ConvEpilogue& epilogue,
+                   int64_t algorithm, bool channels_last);
 // The transpose of this convolution's matrix: from its outputs (N, groups·n, …) to its inputs, plus a bias.
 Tensor run_transposed(const Tensor& input, const ConvShape& shape, Flavour flavour, const Filters& filters, bool exact,
                       const std::optional<Tensor>& bias, bool channels_last);

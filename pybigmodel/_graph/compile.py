@@ -13,6 +13,7 @@ from pybigmodel._graph.chains import Surroundings, find
 from pybigmodel._graph.layout import give_back_strides, may_be_turned
 from pybigmodel._graph.lower import Lowering
 from pybigmodel._graph.nodes import Conv, Options, nothing_dropped
+from pybigmodel._graph.sequence import join
 from pybigmodel._graph.weights import Recipe, WithPacked
 from pybigmodel._graph.writes import Writes, is_transformed
 from pybigmodel.ops._common import precision_code
@@ -50,6 +51,8 @@ def compiled(
 
     module = _copied(module)
     recipes, examples = rewritten(module, inputs, options)
+    join(module.graph)
+    module.recompile()
     patches = inductor.list_mode_options(mode) if mode else None
     inner = inductor.compile(module, [*inputs, *examples], options=patches)
     return _called(WithPacked(inner, recipes)) if recipes else inner
@@ -103,5 +106,4 @@ def rewritten(
         lowering.lower(chain)
     give_back_strides(graph, lowering.turned)
     graph.lint()
-    module.recompile()
     return lowering.recipes, lowering.examples

@@ -169,6 +169,33 @@ def _conv_packed_fake(
     return image(input, shape, channels_last)
 
 
+HEAD = 10  # of a step of conv_sequence: the integers before its axes, as csrc/ops.cpp has them
+
+
+@torch.library.register_fake("pybigmodel::conv_sequence")
+def _conv_sequence_fake(
+    tensors: list[Tensor], program: Sequence[int], slopes: Sequence[float], outputs: Sequence[int]
+) -> list[Tensor]:
+    places, at = list(tensors), 0
+    for slope in slopes:
+        input, weight, bias, residual, channels, groups, act, algorithm, last, axes = program[
+            at : at + HEAD
+        ]
+        at += HEAD
+        window = program[at : at + 5 * axes]
+        at += 5 * axes
+        padding = [side for i in range(axes) for side in window[5 * i + 2 : 5 * i + 4]]
+        places.append(
+            _conv_packed_fake(
+                *(places[input], places[weight], channels, window[::5]),
+                None if bias < 0 else places[bias],
+                None if residual < 0 else places[residual],
+                *(window[1::5], padding, window[4::5], groups, act, slope, algorithm, bool(last)),
+            )
+        )
+    return [places[len(tensors) + step] for step in outputs]
+
+
 @torch.library.register_fake("pybigmodel::conv_backward")
 def _conv_backward_fake(
     grad_output: Tensor,

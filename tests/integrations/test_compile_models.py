@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
 from collections.abc import Callable
@@ -72,12 +73,26 @@ def code_of(run: Any, x: Tensor) -> tuple[Tensor, str]:
     return y, "\n".join(code)
 
 
+def layouts_in(code: str) -> list[bool]:
+    """Of every convolution, alone or in a sequence: whether it gives channels_last."""
+    alone = re.findall(r"conv_packed.default\(.*, (\w+)\)$", code, re.MULTILINE)
+    found = [last == "True" for last in alone]
+    lists = r"conv_sequence.default\(\[[^]]*\], (\[[^]]*\])"
+    for program in map(ast.literal_eval, re.findall(lists, code)):
+        while program:
+            found.append(bool(program[8]))
+            program = program[10 + 5 * program[9] :]
+    return found
+
+
 @pytest.mark.parametrize(
-    ("kind", "convolutions", "linears", "kernels"),
+    ("kind", "convolutions", "sequences", "linears", "kernels"),
     # max_pool and mean; mean; embeddings, LayerNorms and the pooler's tanh.
-    [(resnet, 15, 1, 2), (mobilenet, 52, 1, 1), (bert, 0, 14, None)],
+    [(resnet, 15, 1, 1, 2), (mobilenet, 52, 1, 1, 1), (bert, 0, 0, 14, None)],
 )
-def test_models(kind: Any, convolutions: int, linears: int, kernels: int | None) -> None:
+def test_models(
+    kind: Any, convolutions: int, sequences: int, linears: int, kernels: int | None
+) -> None:
     model = made(kind)
     run = torch.compile(model, backend="pybigmodel", fullgraph=True)
     x = input_of(model)
@@ -86,11 +101,10 @@ def test_models(kind: Any, convolutions: int, linears: int, kernels: int | None)
         exact = exact_of(model, x)
         assert difference(y.double(), exact)[0] < 1e-5
         assert difference(run(x).logits.double(), exact)[0] < 1e-5
-    assert code.count("torch.ops.pybigmodel.conv_packed.default(") == convolutions
+    assert layouts_in(code) == [True] * convolutions
+    assert code.count("torch.ops.pybigmodel.conv_sequence.default(") == sequences
     assert code.count("torch.ops.pybigmodel.linear_packed.default(") == linears
     assert "convolution" not in code and "addmm" not in code
-    calls = re.findall(r"conv_packed.default\(.*, (\w+)\)$", code, re.MULTILINE)
-    assert calls == ["True"] * convolutions  # images are in channels_last
     if kernels is not None:  # none reorders them between our layers
         assert len(set(re.findall(r"^cpp_fused\w+ = ", code, re.MULTILINE))) == kernels
 
@@ -151,7 +165,7 @@ def test_bf16_in_channels_last() -> None:
         y, code = code_of(run, x)
         assert y.dtype == torch.bfloat16
         assert difference(y.double(), exact)[0] < 2 * theirs
-    assert code.count("torch.ops.pybigmodel.conv_packed.default(") == 15
+    assert layouts_in(code) == [True] * 15
 
 
 def test_attention_is_ours_within_sdpa(ours: Callable[[Callable[[], Any]], bool]) -> None:

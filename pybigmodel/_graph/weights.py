@@ -76,10 +76,12 @@ class _State:
 
 
 class WithPacked:
-    """A compiled graph with its packed weights behind its inputs."""
+    """A compiled graph, of which inputs it reads, with its packed weights behind them."""
 
-    def __init__(self, inner: Callable[..., Any], recipes: Sequence[Recipe]) -> None:
-        self._inner, self._recipes = inner, recipes
+    def __init__(
+        self, inner: Callable[..., Any], recipes: Sequence[Recipe], read: Sequence[int]
+    ) -> None:
+        self._inner, self._recipes, self._read = inner, recipes, read
         self._at = sorted({i for recipe in recipes for i in recipe.at if i is not None})
         self._state = _State()
 
@@ -89,7 +91,7 @@ class WithPacked:
         flat = state.flat
         if not flat or state.marks is None or not state.marks.are_of(sources):
             flat = self._renewed(args, sources)
-        return self._inner(*args, *flat)
+        return self._inner(*[args[i] for i in self._read], *flat)
 
     def _renewed(self, args: Sequence[Any], sources: list[Tensor]) -> tuple[Tensor, ...]:
         """With new copies of what has changed, or of all where changes cannot be noticed."""

@@ -19,6 +19,7 @@ PROVIDERS = [
     "openvino_bf16",
     "openvino_int8",
     "pybigmodel_fp32",
+    "pybigmodel_compile",
     "pybigmodel_bf16",
     "pybigmodel_int8",
 ]

@@ -77,6 +77,11 @@ def build_ours(problem: Vision, precision: str) -> Contender:
     return _torch(problem, model, precision, torch.channels_last)
 
 
+def build_our_backend(problem: Vision) -> Contender:
+    model = torch.compile(problem.data.copy(), backend="pybigmodel")
+    return _torch(problem, model, layout=torch.channels_last)
+
+
 # --- ONNX Runtime and OpenVINO ------------------------------------------------------------------
 
 
@@ -170,6 +175,7 @@ BUILDERS: dict[str, Callable[[Vision], Contender]] = {
     "openvino_bf16": partial(build_openvino, precision="bf16"),
     "openvino_int8": build_openvino_int8,
     "pybigmodel_fp32": partial(build_ours, precision="fp32"),
+    "pybigmodel_compile": build_our_backend,
     "pybigmodel_bf16": partial(build_ours, precision="bf16"),
     "pybigmodel_int8": partial(build_ours, precision="int8"),
 }

@@ -71,6 +71,10 @@ void conv_copy(const ConvCopy& p, int64_t begin, int64_t end) {
   m.columns = pixels ? p.channels : p.size[2];
   m.out_row = pixels ? p.out_stride[2] : p.out_channel;
   m.x_row = pixels == turned ? p.x_channel : p.x_stride[2];
+  if (pixels && !turned && p.x_stride[2] == p.channels && p.out_stride[2] == p.channels) {
+    m.columns *= m.rows;  // pixels touch: a row of them is one run
+    m.rows = 1;
+  }
   const bool bytes = p.x_dtype == DType::u8;
   const CopyFn copy = bytes ? nullptr : copies[turned][static_cast<int>(p.x_dtype)][static_cast<int>(p.out_dtype)];
   for (int64_t row = begin; row < end; row++) {

@@ -24,18 +24,18 @@ struct Row {
   float low, high;
 };
 
-// Outputs [w, w + S).
+// Into a register: gcc would read it again for each use.
+PBM_INLINE Vec load_once(const float* p) {
+  Vec v = load(p);
+#if PBM_TIER_LEVEL >= 2
+  asm("" : "+v"(v.v));
+#endif
+  return v;
+}
+
+// Sums of a strip to the output.
 template <int S>
-void run_strip(const Row& p, int64_t w) {
-  Vec acc[S];
-  PBM_UNROLL for (int s = 0; s < S; s++) acc[s] = zero();
-  for (int64_t r = 0; r < p.row_count; r++) {
-    const float *x = p.rows[r] + w * p.next, *weight = p.weights[r];
-    for (int64_t q = 0; q < p.taps; q++, x += p.tap, weight += kWidth) {
-      const Vec v = load(weight);
-      PBM_UNROLL for (int s = 0; s < S; s++) acc[s] = fmadd(load(x + s * p.next), v, acc[s]);
-    }
-  }
+PBM_INLINE void finish_strip(const Row& p, int64_t w, const Vec (&acc)[S]) {
   const Vec bias = p.bias ? load_n(p.bias, p.channels) : zero(), low = set1(p.low), high = set1(p.high);
   float* out = p.out + w * p.out_next;
   PBM_UNROLL for (int s = 0; s < S; s++) {
@@ -44,15 +44,67 @@ void run_strip(const Row& p, int64_t w) {
   }
 }
 
-using StripFn = void (*)(const Row&, int64_t w);
-constexpr StripFn kStrips[kStrip] = {run_strip<1>, run_strip<2>, run_strip<3>, run_strip<4>,
-                                     run_strip<5>, run_strip<6>, run_strip<7>, run_strip<8>};
-
-void run_row(const Row& p, int64_t width) {
-  for (int64_t w = 0, length; w < width; w += length) {
-    length = ceil_div(width - w, ceil_div(width - w, kStrip));
-    kStrips[length - 1](p, w);
+// `count` strips from output w on, of any kernel.
+template <int S>
+void run_strips(const Row& p, int64_t w, int64_t count) {
+  for (; count > 0; count--, w += S) {
+    Vec acc[S];
+    PBM_UNROLL for (int s = 0; s < S; s++) acc[s] = zero();
+    for (int64_t r = 0; r < p.row_count; r++) {
+      const float *x = p.rows[r] + w * p.next, *weight = p.weights[r];
+      for (int64_t q = 0; q < p.taps; q++, x += p.tap, weight += kWidth) {
+        const Vec v = load(weight);
+        PBM_UNROLL for (int s = 0; s < S; s++) acc[s] = fmadd(load(x + s * p.next), v, acc[s]);
+      }
+    }
+    finish_strip<S>(p, w, acc);
   }
+}
+
+// The same of a kernel of K taps without dilation: each pixel is read once for all outputs that see it.
+template <int K, int Stride, int S>
+void run_strips_of(const Row& p, int64_t w, int64_t count) {
+  for (; count > 0; count--, w += S) {
+    Vec acc[S];
+    PBM_UNROLL for (int s = 0; s < S; s++) acc[s] = zero();
+    for (int64_t r = 0; r < p.row_count; r++) {
+      const float* x = p.rows[r] + w * (Stride * kWidth);
+      Vec weight[K];
+      PBM_UNROLL for (int q = 0; q < K; q++) weight[q] = load(p.weights[r] + q * kWidth);
+      // All pixels first, then tap by tap: the next sum into the same register is S away.
+      constexpr int kPixels = (S - 1) * Stride + K;
+      Vec v[kPixels];
+      PBM_UNROLL for (int i = 0; i < kPixels; i++) v[i] = load_once(x + i * kWidth);
+      PBM_UNROLL for (int q = 0; q < K; q++) PBM_UNROLL for (int s = 0; s < S; s++)
+        acc[s] = fmadd(v[s * Stride + q], weight[q], acc[s]);
+    }
+    finish_strip<S>(p, w, acc);
+  }
+}
+
+using StripsFn = void (*)(const Row&, int64_t w, int64_t count);
+constexpr StripsFn kStrips[kStrip] = {run_strips<1>, run_strips<2>, run_strips<3>, run_strips<4>,
+                                      run_strips<5>, run_strips<6>, run_strips<7>, run_strips<8>};
+template <int K, int Stride>
+constexpr StripsFn kStripsOf[kStrip] = {
+    run_strips_of<K, Stride, 1>, run_strips_of<K, Stride, 2>, run_strips_of<K, Stride, 3>, run_strips_of<K, Stride, 4>,
+    run_strips_of<K, Stride, 5>, run_strips_of<K, Stride, 6>, run_strips_of<K, Stride, 7>, run_strips_of<K, Stride, 8>};
+
+// The strips of one to eight outputs for this kernel.
+const StripsFn* strips_for(const Depthwise& p) {
+  const int64_t k = p.kernel[2], stride = p.stride[2];
+  if (p.dilation[2] != 1 || stride > 2 || (k != 3 && k != 5)) return kStrips;
+  if (k == 3) return stride == 1 ? kStripsOf<3, 1> : kStripsOf<3, 2>;
+  return stride == 1 ? kStripsOf<5, 1> : kStripsOf<5, 2>;
+}
+
+// Strips of equal length, but that the last few are shorter by one.
+void run_row(const StripsFn* strips, const Row& p, int64_t width) {
+  if (width <= 0) return;
+  const int64_t count = ceil_div(width, kStrip), length = ceil_div(width, count);
+  const int64_t shorter = count * length - width, longer = count - shorter;
+  strips[length - 1](p, 0, longer);
+  if (shorter > 0) strips[length - 2](p, longer * length, shorter);
 }
 
 // Rows of the input, sixteen channels of them, between zeros; the last few that were asked for.
@@ -80,17 +132,28 @@ class Window {
     for (int64_t i = 0; i < slots_; i++) held_[i] = -1;
   }
 
-  const float* row(int64_t image, int64_t tap_d, int64_t d, int64_t h) {
+  // Where row h is kept, among height_ of them; h ≥ −pad.
+  int64_t place_of(int64_t h) const { return (h + p_.pad[1]) % height_; }
+  int64_t place_after(int64_t place, int64_t rows) const {  // at most height_ of them
+    place += rows;
+    return place < height_ ? place : place - height_;
+  }
+
+  const float* row(int64_t image, int64_t tap_d, int64_t d, int64_t h, int64_t place) {
     const ConvImage& x = p_.conv.x;
-    const int64_t slot = tap_d * height_ + h % height_, id = (image * x.size[0] + d) * x.size[1] + h;
+    const int64_t slot = tap_d * height_ + place, id = (image * x.size[0] + d) * x.size[1] + h;
     float* to = data_ + slot * pixels_ * kWidth;
     if (held_[slot] == id) return to;
     held_[slot] = id;
     const int64_t from = image * x.batch_stride + d * x.stride[0] + h * x.stride[1] + c_;
     with_float_dtype(p_.dtype, [&]<DType T>() {
       float* out = to + (first_ + p_.pad[2]) * kWidth;
-      for (int64_t w = first_; w < last_; w++, out += kWidth)
+      const char* below = static_cast<const char*>(x.data) + (from + x.stride[1]) * size_of(T);
+      for (int64_t w = first_; w < last_; w++, out += kWidth) {
+        // The row after it: too far apart for the hardware to see.
+        __builtin_prefetch(below + w * x.stride[2] * size_of(T), 0, 3);
         store(out, load16_n<T>(x.data, from + w * x.stride[2], channels_));
+      }
     });
     return to;
   }
@@ -112,6 +175,7 @@ bool is_cut(Activation a) { return a == Activation::none || a == Activation::rel
 void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
   note_kernel("conv_depthwise." PBM_TIER_NAME);
   constexpr float kInfinity = __builtin_inff();
+  if (rows.begin >= rows.end) return;
   const Conv& conv = p.conv;
   const int64_t width = conv.out[2], kernel_rows = p.kernel[0] * p.kernel[1];
   Gemm g = conv.out_rows;
@@ -132,29 +196,38 @@ void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
   r.tap = p.dilation[2] * kWidth;
   r.low = at_once && g.activation != Activation::none ? 0.f : -kInfinity;
   r.high = at_once && g.activation == Activation::relu6 ? 6.f : kInfinity;
+  const StripsFn* strips = strips_for(p);
   Window window(p);
   for (int64_t block = blocks.begin; block < blocks.end; block++) {
     const int64_t c = block * kWidth;
     const float* weight = static_cast<const float*>(conv.weight) + c * conv.taps;
     const int channels = static_cast<int>(min64(kWidth, conv.groups - c));
     window.start(block);
+    int64_t h = rows.begin % conv.out[1], d = rows.begin / conv.out[1] % conv.out[0];
+    int64_t n = rows.begin / (conv.out[1] * conv.out[0]);
     for (int64_t row = rows.begin; row < rows.end; row++) {
-      const int64_t h = row % conv.out[1], d = row / conv.out[1] % conv.out[0], n = row / (conv.out[1] * conv.out[0]);
+      const int64_t first = h * p.stride[1] - p.pad[1], place = window.place_of(first);
       r.row_count = 0;
       for (int64_t i = 0; i < p.kernel[0]; i++)
         for (int64_t j = 0; j < p.kernel[1]; j++) {
-          const int64_t at_d = d * p.stride[0] - p.pad[0] + i * p.dilation[0];
-          const int64_t at_h = h * p.stride[1] - p.pad[1] + j * p.dilation[1];
+          const int64_t at_d = d * p.stride[0] - p.pad[0] + i * p.dilation[0], at_h = first + j * p.dilation[1];
           if (at_d < 0 || at_d >= conv.x.size[0] || at_h < 0 || at_h >= conv.x.size[1]) continue;
-          lists[r.row_count] = window.row(n, i, at_d, at_h);
+          lists[r.row_count] = window.row(n, i, at_d, at_h, window.place_after(place, j * p.dilation[1]));
           lists[kernel_rows + r.row_count++] = weight + (i * p.kernel[1] + j) * p.kernel[2] * kWidth;
         }
       const int64_t at = n * p.out_batch + d * p.out_stride[0] + h * p.out_stride[1];
+      if (++h == conv.out[1]) {
+        h = 0;
+        if (++d == conv.out[0]) {
+          d = 0;
+          n++;
+        }
+      }
       r.out = at_once ? static_cast<float*>(conv.out_rows.c) + at + c : later;
       r.out_next = at_once ? g.c_row : kWidth;
       r.channels = at_once ? channels : kWidth;
       r.bias = at_once && g.bias ? static_cast<const float*>(g.bias) + c : nullptr;
-      run_row(r, width);
+      run_row(strips, r, width);
       if (at_once) continue;
       g.c = static_cast<char*>(conv.out_rows.c) + at * out_size;
       if (g.residual)

@@ -229,11 +229,7 @@ def kernel_of(geometry: Geometry, algorithm: int, bf16: bool, isa: str) -> str:
         return f"conv_planes.{isa}"
     if algorithm in (WINOGRAD2, WINOGRAD4):
         return f"conv_{NAMES[algorithm]}_f32.{isa}"
-    o, flavour = geometry.options, "bf16" if bf16 else "f32"
-    moves = o["stride"] != (1,) * geometry.axes or any(map(any, o["padding"]))
-    if prod(geometry.kernel) == 1 and not moves and geometry.groups == 1:
-        return f"gemm_{flavour}.{isa}"
-    return f"conv_direct_{flavour}.{isa}"
+    return f"conv_direct_{'bf16' if bf16 else 'f32'}.{isa}"
 
 
 def channels_last(x: Tensor) -> Tensor:

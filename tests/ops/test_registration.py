@@ -88,6 +88,9 @@ def conv_samples() -> dict[str, tuple[Any, ...]]:
     packed = pbm.pack_conv_weight(single, 20, 0, 5)
     rest = (each, None, *uneven, 20, 7, 0.1, 5, False)
     samples["conv_packed, depthwise"] = (half[0], packed, 20, [3, 3], *rest)
+    step = [0, 1, -1, -1, 20, 20, 5, 5, 1, 2, *[3, 1, 1, 1, 1] * 2]
+    again = [2, 1, -1, 0, *step[4:]]
+    samples["conv_sequence"] = ([last, packed], step + again, [0.1, 0.0], [1, 0])
     t, few = torch.randn(20, 9, 3, 3), torch.randn(9)
     back = {
         "": (x, t, few, [2, 1], [1, 1, 0, 2], [1, 0], [1, 2], 1, 0, False),

@@ -10,8 +10,10 @@ constexpr int kStrip = 8;
 
 // Sixteen channels of one row of outputs.
 struct Row {
-  const void* const* rows;      // of the input, pixel 0 at these channels; those that the kernel sees
-  const float* const* weights;  // the first tap of each of these: [tap][16]
+  const void* const* rows;  // of the input, pixel 0; those that the kernel sees
+  const int64_t* taps_of;   // where each has its taps in weight: [tap][16]
+  const float* weight;
+  int64_t first;  // channel
   int64_t row_count;
   int64_t width, pixel;                 // of the input: pixels, elements from one to the next
   int64_t taps, stride, dilation, pad;  // along w
@@ -23,9 +25,9 @@ struct Row {
 // Careful: pixels beside the image and channels beyond the last are zero.
 template <DType T, bool Careful>
 PBM_INLINE Vec pixel_at(const Row& p, const void* row, int64_t w) {
-  if constexpr (!Careful) return load16<T>(row, w * p.pixel);
+  if constexpr (!Careful) return load16<T>(row, w * p.pixel + p.first);
   if (w < 0 || w >= p.width) return zero();
-  return load16_n<T>(row, w * p.pixel, p.channels);
+  return load16_n<T>(row, w * p.pixel + p.first, p.channels);
 }
 
 // Into a register: gcc would read it again for each use.
@@ -52,7 +54,7 @@ struct AnyKernel {
     PBM_UNROLL for (int s = 0; s < S; s++) acc[s][0] = zero();
       for (int64_t r = 0; r < p.row_count; r++)
         for (int64_t q = 0; q < p.taps; q++) {
-          const Vec weight = load(p.weights[r] + q * kWidth);
+          const Vec weight = load(p.weight + p.taps_of[r] + q * kWidth);
           const int64_t first = w * p.stride - p.pad + q * p.dilation;
           PBM_UNROLL for (int s = 0; s < S; s++)
             acc[s][0] = fmadd(pixel_at<T, Careful>(p, p.rows[r], first + s * p.stride), weight, acc[s][0]);
@@ -73,7 +75,7 @@ struct Kernel {
       const int64_t first = w * Stride - p.pad;
       for (int64_t r = 0; r < p.row_count; r++) {
         Vec weight[K];
-        PBM_UNROLL for (int q = 0; q < K; q++) weight[q] = load(p.weights[r] + q * kWidth);
+        PBM_UNROLL for (int q = 0; q < K; q++) weight[q] = load(p.weight + p.taps_of[r] + q * kWidth);
         // All pixels first, then tap by tap: the next sum into the same register is S away.
         constexpr int kPixels = (S - 1) * Stride + K;
         Vec v[kPixels];
@@ -167,107 +169,131 @@ class Cut {
   int pieces_ = 0;
 };
 
-// The row of the image, too far away for the hardware to see it coming.
-void prefetch_row(const char* row, int64_t width, int64_t bytes) {
-  for (int64_t w = 0; w < width; w++) __builtin_prefetch(row + w * bytes, 0, 3);
+// Rows of the input that the kernel sees of one output, and where their taps are.
+class Seen {
+ public:
+  Seen(const Depthwise& p, void* room)
+      : p_(p), rows_(static_cast<const void**>(room)), taps_(reinterpret_cast<int64_t*>(rows_ + p.kernel[0] * p.kernel[1])) {}
+  static size_t bytes(const Depthwise& p) { return static_cast<size_t>(16 * p.kernel[0] * p.kernel[1]); }
+
+  void find(int64_t n, int64_t d, int64_t h, Row* out) {
+    const ConvImage& x = p_.conv.x;
+    const int64_t size = size_of(p_.dtype);
+    int64_t count = 0;
+    for (int64_t i = 0; i < p_.kernel[0]; i++) {
+      const int64_t at_d = d * p_.stride[0] - p_.pad[0] + i * p_.dilation[0];
+      if (at_d < 0 || at_d >= x.size[0]) continue;
+      const char* plane = static_cast<const char*>(x.data) + (n * x.batch_stride + at_d * x.stride[0]) * size;
+      for (int64_t j = 0; j < p_.kernel[1]; j++) {
+        const int64_t at_h = h * p_.stride[1] - p_.pad[1] + j * p_.dilation[1];
+        if (at_h < 0 || at_h >= x.size[1]) continue;
+        rows_[count] = plane + at_h * x.stride[1] * size;
+        taps_[count++] = (i * p_.kernel[1] + j) * p_.kernel[2] * kWidth;
+      }
+    }
+    out->rows = rows_;
+    out->taps_of = taps_;
+    out->row_count = count;
+  }
+
+ private:
+  const Depthwise& p_;
+  const void** rows_;
+  int64_t* taps_;
+};
+
+// Blocks of channels whose rows, as many as the kernel is high and one, are in the L1 cache together.
+int64_t blocks_at_once(const Depthwise& p) {
+  constexpr int64_t kBytes = 32 << 10;
+  const int64_t row = p.conv.x.size[2] * kWidth * size_of(p.dtype);
+  return max64(kBytes / max64((p.kernel[0] * p.kernel[1] + 1) * row, 1), 1);
 }
+
+// Where rows of outputs go: finished in registers, or by way of a row of sums.
+class RowOutput {
+ public:
+  RowOutput(const Depthwise& p, float* later) : p_(p), g_(p.conv.out_rows), later_(later) {
+    g_.n = p.conv.groups;
+    g_.c_row = p.out_stride[2];
+    at_once_ = finish_of(g_, p.conv, &finish_, &first_);
+    if (at_once_) return;
+    finish_ = {};
+    finish_.out_type = Operand::f32;
+    finish_.out_row = kWidth;
+    finish_.low = -__builtin_inff();
+    finish_.high = __builtin_inff();
+  }
+  const Finish* finish() const { return &finish_; }
+
+  // Row `row` of all outputs, element `at` of the output, from channel c on.
+  FinishAt start(int64_t row, int64_t at, int64_t c, int channels) const {
+    if (!at_once_) return {reinterpret_cast<char*>(later_), nullptr, nullptr, nullptr, nullptr, kWidth};
+    FinishAt here = first_;
+    here.out += (at + c) * bytes_of(finish_.out_type);
+    here.residual += (row * p_.conv.out[2] * finish_.residual_row + c) * bytes_of(finish_.residual_type);
+    if (here.bias) here.bias += c;
+    here.columns = channels;
+    return here;
+  }
+  void end(int64_t row, int64_t at, int64_t c, int channels) {
+    if (at_once_) return;
+    const int64_t size = size_of(g_.c_dtype), width = p_.conv.out[2];
+    g_.c = static_cast<char*>(p_.conv.out_rows.c) + at * size;
+    if (g_.residual)
+      g_.residual = static_cast<const char*>(p_.conv.out_rows.residual) + row * width * g_.residual_row * size;
+    EpilogueTile e{};
+    e.acc = later_;
+    e.ld_acc = kWidth;
+    e.rows = static_cast<int>(width);
+    e.col = c;
+    e.columns = channels;
+    epilogue(g_, e);
+  }
+
+ private:
+  const Depthwise& p_;
+  Gemm g_;
+  float* later_;
+  Finish finish_{};
+  FinishAt first_{};
+  bool at_once_;
+};
 
 }  // namespace
 
 // Output rows (batch, d, h) × blocks of sixteen channels.
 void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
   note_kernel("conv_depthwise." PBM_TIER_NAME);
-  if (rows.begin >= rows.end) return;
   const Conv& conv = p.conv;
-  const ConvImage& x = conv.x;
-  const int64_t width = conv.out[2], kernel_rows = p.kernel[0] * p.kernel[1], x_size = size_of(p.dtype);
-  const char* image = static_cast<const char*>(x.data);
-  Gemm g = conv.out_rows;
-  g.n = conv.groups;
-  g.c_row = p.out_stride[2];
-  Finish finish{};
-  FinishAt out{};
-  const bool at_once = finish_of(g, conv, &finish, &out);
-  // Another epilogue's: the sums of a row, then the two lists.
-  float* later = static_cast<float*>(scratch(
-      ScratchSlot::accumulators, static_cast<size_t>(width * kWidth) * sizeof(float) + static_cast<size_t>(2 * kernel_rows) * 8));
-  const void** lists = reinterpret_cast<const void**>(later + width * kWidth);
-  const float** weights = reinterpret_cast<const float**>(lists + kernel_rows);
-  if (!at_once) {
-    finish = {};
-    finish.out_type = Operand::f32;
-    finish.out_row = kWidth;
-    finish.low = -__builtin_inff();
-    finish.high = __builtin_inff();
-  }
-
+  const size_t sums = static_cast<size_t>(conv.out[2] * kWidth) * sizeof(float);
+  char* room = static_cast<char*>(scratch(ScratchSlot::accumulators, sums + Seen::bytes(p)));
+  RowOutput output(p, reinterpret_cast<float*>(room));
+  Seen seen(p, room + sums);
+  const Strips& strips = strips_for(p);
+  const Cut of_all(strips, p, true), of_some(strips, p, false);
   Row r{};
-  r.rows = lists;
-  r.weights = weights;
-  r.width = x.size[2];
-  r.pixel = x.stride[2];
+  r.width = conv.x.size[2];
+  r.pixel = conv.x.stride[2];
   r.taps = p.kernel[2];
   r.stride = p.stride[2];
   r.dilation = p.dilation[2];
   r.pad = p.pad[2];
-  r.finish = &finish;
-  const Strips& strips = strips_for(p);
-  const Cut of_all(strips, p, true), of_some(strips, p, false);
-  for (int64_t block = blocks.begin; block < blocks.end; block++) {
-    const int64_t c = block * kWidth;
-    const float* weight = static_cast<const float*>(conv.weight) + c * conv.taps;
-    r.channels = static_cast<int>(min64(kWidth, conv.groups - c));
-    const Cut& cut = r.channels == kWidth ? of_all : of_some;
-    int64_t h = rows.begin % conv.out[1], d = rows.begin / conv.out[1] % conv.out[0];
-    int64_t n = rows.begin / (conv.out[1] * conv.out[0]);
+  r.finish = output.finish();
+  const int64_t at_once = blocks_at_once(p);
+  for (int64_t first = blocks.begin; first < blocks.end; first += at_once)
     for (int64_t row = rows.begin; row < rows.end; row++) {
-      const int64_t first = h * p.stride[1] - p.pad[1];
-      r.row_count = 0;
-      for (int64_t i = 0; i < p.kernel[0]; i++) {
-        const int64_t at_d = d * p.stride[0] - p.pad[0] + i * p.dilation[0];
-        if (at_d < 0 || at_d >= x.size[0]) continue;
-        const char* plane = image + (n * x.batch_stride + at_d * x.stride[0] + c) * x_size;
-        for (int64_t j = 0; j < p.kernel[1]; j++) {
-          const int64_t at_h = first + j * p.dilation[1];
-          if (at_h < 0 || at_h >= x.size[1]) continue;
-          lists[r.row_count] = plane + at_h * x.stride[1] * x_size;
-          weights[r.row_count++] = weight + (i * p.kernel[1] + j) * p.kernel[2] * kWidth;
-        }
-        const int64_t after = first + (p.kernel[1] - 1) * p.dilation[1] + 1;  // what the next row of outputs sees first
-        for (int64_t at_h = max64(after, 0); at_h < min64(after + p.stride[1], x.size[1]); at_h++)
-          prefetch_row(plane + at_h * x.stride[1] * x_size, x.size[2], x.stride[2] * x_size);
-      }
+      const int64_t h = row % conv.out[1], d = row / conv.out[1] % conv.out[0], n = row / (conv.out[1] * conv.out[0]);
       const int64_t at = n * p.out_batch + d * p.out_stride[0] + h * p.out_stride[1];
-      if (++h == conv.out[1]) {
-        h = 0;
-        if (++d == conv.out[0]) {
-          d = 0;
-          n++;
-        }
+      seen.find(n, d, h, &r);
+      for (int64_t block = first; block < min64(first + at_once, blocks.end); block++) {
+        const int64_t c = r.first = block * kWidth;
+        r.weight = static_cast<const float*>(conv.weight) + c * conv.taps;
+        r.channels = static_cast<int>(min64(kWidth, conv.groups - c));
+        r.at = output.start(row, at, c, r.channels);
+        (r.channels == kWidth ? of_all : of_some).run(r);
+        output.end(row, at, c, r.channels);
       }
-      if (at_once) {
-        r.at = out;
-        r.at.out += (at + c) * bytes_of(finish.out_type);
-        r.at.residual += (row * width * finish.residual_row + c) * bytes_of(finish.residual_type);
-        if (r.at.bias) r.at.bias += c;
-        r.at.columns = r.channels;
-        cut.run(r);
-        continue;
-      }
-      r.at = {reinterpret_cast<char*>(later), nullptr, nullptr, nullptr, nullptr, kWidth};
-      cut.run(r);
-      g.c = static_cast<char*>(conv.out_rows.c) + at * size_of(g.c_dtype);
-      if (g.residual)
-        g.residual = static_cast<const char*>(conv.out_rows.residual) + row * width * g.residual_row * size_of(g.c_dtype);
-      EpilogueTile e{};
-      e.acc = later;
-      e.ld_acc = kWidth;
-      e.rows = static_cast<int>(width);
-      e.col = c;
-      e.columns = r.channels;
-      epilogue(g, e);
     }
-  }
 }
 
 }  // namespace pbm::PBM_TIER

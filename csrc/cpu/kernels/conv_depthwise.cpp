@@ -22,13 +22,15 @@ struct Row {
   FinishAt at;  // output 0
 };
 
-// Careful: pixels beside the image and channels beyond the last are zero.
+// The sixteen channels from element i of a row on. Careful: those lanes, the others zero.
 template <DType T, bool Careful>
-PBM_INLINE Vec pixel_at(const Row& p, const void* row, int64_t w) {
-  if constexpr (!Careful) return load16<T>(row, w * p.pixel + p.first);
-  if (w < 0 || w >= p.width) return zero();
-  return load16_n<T>(row, w * p.pixel + p.first, p.channels);
+PBM_INLINE Vec channels_at(const void* row, int64_t i, Lanes lanes) {
+  if constexpr (Careful) return load16_lanes<T>(row, i, lanes);
+  return load16<T>(row, i);
 }
+
+// What exists of pixel w.
+PBM_INLINE Lanes lanes_at(const Row& p, int64_t w) { return first_lanes(w < 0 || w >= p.width ? 0 : p.channels); }
 
 // Into a register: gcc would read it again for each use.
 PBM_INLINE Vec once(Vec v) {
@@ -55,9 +57,11 @@ struct AnyKernel {
       for (int64_t r = 0; r < p.row_count; r++)
         for (int64_t q = 0; q < p.taps; q++) {
           const Vec weight = load(p.weight + p.taps_of[r] + q * kWidth);
-          const int64_t first = w * p.stride - p.pad + q * p.dilation;
-          PBM_UNROLL for (int s = 0; s < S; s++)
-            acc[s][0] = fmadd(pixel_at<T, Careful>(p, p.rows[r], first + s * p.stride), weight, acc[s][0]);
+          int64_t at = w * p.stride - p.pad + q * p.dilation;
+          PBM_UNROLL for (int s = 0; s < S; s++, at += p.stride) {
+            const Lanes lanes = Careful ? lanes_at(p, at) : Lanes{};
+            acc[s][0] = fmadd(channels_at<T, Careful>(p.rows[r], at * p.pixel + p.first, lanes), weight, acc[s][0]);
+          }
         }
       finish_strip<S>(p, w, acc);
     }
@@ -69,17 +73,22 @@ template <int K, int Stride>
 struct Kernel {
   template <DType T, bool Careful, int S>
   static void strips(const Row& p, int64_t w, int64_t count) {
+    const int64_t pixel = p.pixel;
     for (; count > 0; count--, w += S) {
       Vec acc[S][1];
       PBM_UNROLL for (int s = 0; s < S; s++) acc[s][0] = zero();
       const int64_t first = w * Stride - p.pad;
+      constexpr int kPixels = (S - 1) * Stride + K;
+      Lanes lanes[kPixels] = {};
+      if constexpr (Careful) PBM_UNROLL for (int i = 0; i < kPixels; i++) lanes[i] = lanes_at(p, first + i);
       for (int64_t r = 0; r < p.row_count; r++) {
         Vec weight[K];
         PBM_UNROLL for (int q = 0; q < K; q++) weight[q] = load(p.weight + p.taps_of[r] + q * kWidth);
         // All pixels first, then tap by tap: the next sum into the same register is S away.
-        constexpr int kPixels = (S - 1) * Stride + K;
         Vec v[kPixels];
-        PBM_UNROLL for (int i = 0; i < kPixels; i++) v[i] = once(pixel_at<T, Careful>(p, p.rows[r], first + i));
+        int64_t at = first * pixel + p.first;
+        PBM_UNROLL for (int i = 0; i < kPixels; i++, at += pixel)
+          v[i] = once(channels_at<T, Careful>(p.rows[r], at, lanes[i]));
         PBM_UNROLL for (int q = 0; q < K; q++) PBM_UNROLL for (int s = 0; s < S; s++)
           acc[s][0] = fmadd(v[s * Stride + q], weight[q], acc[s][0]);
       }

@@ -54,6 +54,28 @@ PBM_INLINE Vec load16_n(const void* base, int64_t i, int n) {
   return load16<T>(buffer, 0);
 }
 
+// The first n of sixteen lanes: a mask, where there are masks.
+#if PBM_TIER_LEVEL >= 2
+using Lanes = __mmask16;
+PBM_INLINE Lanes first_lanes(int n) { return lanes_mask(n); }
+#else
+using Lanes = int;
+PBM_INLINE Lanes first_lanes(int n) { return n; }
+#endif
+
+// Those lanes, the rest zero. Nothing else is read: of no lanes the place need not exist.
+template <DType T>
+PBM_INLINE Vec load16_lanes(const void* base, int64_t i, Lanes lanes) {
+#if PBM_TIER_LEVEL >= 2
+  if constexpr (T == DType::f32) return {_mm512_maskz_loadu_ps(lanes, static_cast<const float*>(base) + i)};
+  const __m256i half = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(base) + i);
+  if constexpr (T == DType::bf16) return as_float(shl<16>(IVec{_mm512_cvtepu16_epi32(half)}));
+  return {_mm512_cvtph_ps(half)};
+#else
+  return lanes == 0 ? zero() : load16_n<T>(base, i, lanes);
+#endif
+}
+
 template <DType T>
 PBM_INLINE void store16(void* base, int64_t i, Vec x) {
   if constexpr (T == DType::f32) {

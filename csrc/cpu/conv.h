@@ -97,6 +97,7 @@ struct Filters {
   int64_t group, n, c, kernel[3];
 };
 
+float value_of(const void* data, DType dtype, int64_t i);  // of a floating dtype
 Filters filters_of(const Tensor& weight, const ConvShape& shape);
 // The sizes of a packed weight, and the packing.
 void packed_sizes(const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm, int64_t (&sizes)[3]);

@@ -45,6 +45,11 @@ inline Ints kernel_of(const Tensor& weight) {
 // The axis of a tensor (N, C, spatial…) that stands for axis i of (d, h, w), or −1.
 inline int64_t axis_of(int64_t dim, int i) { return i + dim - 3 >= 2 ? i + dim - 3 : -1; }
 
+// The part of the lanes that so many values fill.
+inline double filled(int64_t values) {
+  return static_cast<double>(values) / static_cast<double>(ceil_div(values, kPanel) * kPanel);
+}
+
 struct Strides {
   int64_t batch, channel, spatial[3];
 };

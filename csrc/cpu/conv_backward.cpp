@@ -52,6 +52,14 @@ void write_weight(const ConvShape& s, const Sums& sums, int64_t group, const Ten
   });
 }
 
+// Of filters [n][c][tap], as the weight is.
+void write_filters(const ConvShape& s, const std::vector<float>& filters, const Tensor& out) {
+  ConvShape whole = s;
+  whole.c = s.c * s.taps();
+  whole.kernel[0] = whole.kernel[1] = whole.kernel[2] = 1;
+  write_weight(whole, {filters.data(), 0, whole.c}, 0, out);
+}
+
 // Sums of dy and x over some pixels, for each tap: what is read stays in L2 while filters and channels pass by, and the
 // rounding error is that of so many terms.
 constexpr int64_t kPixelsAtOnce = 256;
@@ -245,6 +253,55 @@ void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& d
   write_weight(s, {sum, s.c, columns}, 0, out);
 }
 
+// What an output sees of one row of the kernel, taps and channels side by side, is one run of the image, whose rows have
+// their padding with them. Dilation 1 along w. Each thread its rows, and its sums.
+void runs_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
+  const int64_t run = s.kernel[2] * s.c, columns = ceil_div(run, kPanel) * kPanel, runs = s.kernel[0] * s.kernel[1];
+  const int64_t rows = s.batch * s.out(0) * s.out(1), sum_run = s.n * columns;
+  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
+  const int64_t threads = torch::stable::get_num_threads(), all = runs * sum_run;
+  const Tensor sums = zeroed(threads * all);
+  float* sum = static_cast<float*>(sums.mutable_data_ptr());
+  ConvShape padded = s;  // its rows end with their padding, so that every output sees a whole run
+  padded.in[2] = x.image.size[2];
+  padded.pad[2] = padded.pad_end[2] = 0;
+  const Images images = images_of(s, x, dy, 0);
+  over_threads([&](int64_t parts, int64_t i) {
+    const Range mine = part(rows, 1, parts, i);
+    std::vector<WeightSum::Stretch> stretches;
+    for (int64_t row = mine.begin; row < mine.end; row += rows_at_once)
+      for (int64_t r = 0; r < runs; r++) {
+        const int64_t end = row + rows_at_once < mine.end ? row + rows_at_once : mine.end;
+        stretches_of(padded, images, r * s.kernel[2], {row, end}, &stretches);
+        const WeightSum p{stretches.data(),
+                          static_cast<int64_t>(stretches.size()),
+                          dy.image.stride[2],
+                          s.c * s.stride[2],
+                          run,
+                          sum + i * all + r * sum_run,
+                          columns};
+        if (p.count) kernels().conv_weight_sum(p, {0, s.n}, {0, columns / kPanel});
+      }
+  });
+  std::vector<float> filters(static_cast<size_t>(s.n * s.c * s.taps()));
+  for (int64_t k = 0; k < s.n; k++)
+    for (int64_t t = 0; t < s.taps(); t++)
+      for (int64_t c = 0; c < s.c; c++) {
+        const int64_t at = t / s.kernel[2] * sum_run + k * columns + t % s.kernel[2] * s.c + c;
+        float total = 0;
+        for (int64_t i = 0; i < threads; i++) total += sum[i * all + at];
+        filters[static_cast<size_t>((k * s.c + c) * s.taps() + t)] = total;
+      }
+  write_filters(s, filters, out);
+}
+
+// Rather than patches, whose lanes are fuller: in cycles a pixel, of which copying one value takes about one and the
+// product of one by sixteen half of one.
+bool worth_runs(const ConvShape& s) {
+  const int64_t patch = ceil_div(s.taps() * s.c, kPanel), run = ceil_div(s.kernel[2] * s.c, kPanel);
+  return s.dilation[2] == 1 && s.kernel[0] * s.kernel[1] * run * s.n < patch * s.n + 2 * s.taps() * s.c;
+}
+
 // Each thread its images, and its sums.
 void planes_gradient(const ConvShape& s, const Tensor& input, const Tensor& grad_output, const Tensor& out) {
   const Tensor x = in_planes(input), dy = as_contiguous(grad_output);
@@ -258,17 +315,14 @@ void planes_gradient(const ConvShape& s, const Tensor& input, const Tensor& grad
     for (int64_t i = begin; i < end; i++)
       kernels().conv_planes_gradient(p, gradients, part(s.batch, 1, parts, i), sum + i * count * kPanel);
   });
-  std::vector<float> filters(static_cast<size_t>(count));  // [n][c][tap], as the weight is
+  std::vector<float> filters(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; i++) {
     float total = 0;
     for (int64_t t = 0; t < parts; t++)
       for (int64_t lane = 0; lane < kPanel; lane++) total += sum[(t * count + i) * kPanel + lane];
     filters[static_cast<size_t>(i)] = total;
   }
-  ConvShape whole = s;
-  whole.c = s.c * s.taps();
-  whole.kernel[0] = whole.kernel[1] = whole.kernel[2] = 1;
-  write_weight(whole, {filters.data(), 0, whole.c}, 0, out);
+  write_filters(s, filters, out);
 }
 
 void depthwise_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
@@ -323,15 +377,18 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const Con
                        out);
     return out;
   }
-  if (s.c < kPanel && s.n <= kPanel && s.n * s.c * s.taps() <= 8192 &&
+  const bool few = s.groups == 1 && s.c < kPanel && s.taps() > 1 && s.pad_end[2] >= 0, runs = few && worth_runs(s);
+  const bool pixels = runs && filled(s.kernel[2] * s.c) > filled(s.out(2));
+  if (!pixels && s.c < kPanel && s.n <= kPanel && s.n * s.c * s.taps() <= 8192 &&
       conv_admits(s, Flavour::f32, ConvAlgorithm::planes)) {
     planes_gradient(s, input, grad_output, out);
     return out;
   }
   const ImageView dy = image_of("grad_output", grad_output, out_size, DType::f32);
-  const bool few = s.groups == 1 && s.c < kPanel && s.taps() > 1 && s.pad_end[2] >= 0;
-  const ImageView x = image_of("input", input, s.in, DType::f32, few ? s.pad[2] : 0, few ? s.pad_end[2] : 0);
-  if (few)
+  const ImageView x = image_of("input", input, s.in, DType::f32, few ? s.pad[2] : 0, few ? s.pad_end[2] : 0, runs);
+  if (runs)
+    runs_gradient(s, x, dy, out);
+  else if (few)
     patches_gradient(s, x, dy, out);
   else if (!exact && conv_admits(s, Flavour::f32, ConvAlgorithm::winograd4) && worth_winograd(s))
     winograd_gradient(s, x, dy, 4, out);
@@ -359,6 +416,30 @@ void sum_planes(const Tensor& grad_output, int64_t pixels, float* out) {
   });
 }
 
+// Of few channels, innermost: sixteen pixels are one row of sums, whose lanes are full and whose rounding error is that of
+// a sixteenth of the terms.
+constexpr int64_t kPixelsARow = 16;
+
+void sum_pixels(const ColumnSum& s, float* out) {
+  const int64_t wide = s.columns * kPixelsARow, rest = s.rows % kPixelsARow;
+  std::vector<float> sums(static_cast<size_t>(wide)), last(static_cast<size_t>(s.columns));
+  const int64_t parts = s.rows * s.columns > 65536 ? torch::stable::get_num_threads() : 1;
+  const ColumnSum rows{s.rows / kPixelsARow, wide, s.x, s.dtype, wide, sums.data(), DType::f32};
+  parallel(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Range c = part(wide, kPanel, parts, i);
+      kernels().column_sum(rows, c.begin, c.end);
+    }
+  });
+  const char* x = static_cast<const char*>(s.x) + (s.rows - rest) * s.columns * size_of(s.dtype);
+  kernels().column_sum({rest, s.columns, x, s.dtype, s.columns, last.data(), DType::f32}, 0, s.columns);
+  for (int64_t c = 0; c < s.columns; c++) {
+    double total = last[static_cast<size_t>(c)];
+    for (int64_t i = c; i < wide; i += s.columns) total += sums[static_cast<size_t>(i)];
+    out[c] = static_cast<float>(total);
+  }
+}
+
 // In fp32 whatever the gradient's dtype, as linear's.
 Tensor bias_gradient(const Tensor& grad_output) {
   const int64_t channels = grad_output.size(1);
@@ -376,6 +457,10 @@ Tensor bias_gradient(const Tensor& grad_output) {
   const ImageView dy = image_of("grad_output", dense(grad_output), size, dtype_of(grad_output));
   const int64_t rows = grad_output.size(0) * size[0] * size[1] * size[2];
   const ColumnSum s{rows, channels, dy.image.data, dtype_of(grad_output), channels, out.mutable_data_ptr(), DType::f32};
+  if (channels <= kPanel && rows >= kPixelsARow) {
+    sum_pixels(s, static_cast<float*>(out.mutable_data_ptr()));
+    return out;
+  }
   const int64_t parts = rows * channels > 65536 ? torch::stable::get_num_threads() : 1;
   parallel(parts, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {

@@ -101,8 +101,15 @@ bool as_convolution(const ConvShape& s, const int64_t (&size)[3], ConvShape* tur
 // Rows of taps, channels side by side, as the lanes: where channels alone would leave most of them empty.
 bool may_spread(const ConvShape& s, Flavour flavour) {
   return flavour == Flavour::f32 && s.groups == 1 && s.in[0] == 1 && s.kernel[0] == 1 && s.stride[0] == 1 &&
-         s.pad[0] == 0 && s.pad_end[0] == 0 && s.dilation[2] == 1 && s.c < kPanel && s.kernel[2] > 1 &&
+         s.pad[0] == 0 && s.pad_end[0] == 0 && s.dilation[2] == 1 && s.c > 0 && s.c < kPanel && s.kernel[2] > 1 &&
          s.kernel[2] * s.c <= kSpreadVectors * kPanel;
+}
+
+// Pixels as the lanes instead; they multiply the zeros around the image too.
+bool planes_are_fuller(const ConvShape& s, const ConvShape& turned) {
+  const double inside = static_cast<double>(turned.in[1] * turned.in[2]) / static_cast<double>(s.in[1] * s.in[2]);
+  return choose_conv(turned, Flavour::f32, true, true) == ConvAlgorithm::planes &&
+         filled(s.in[2]) * inside > filled(s.kernel[2] * s.c);
 }
 
 std::vector<float> pack_for_spread(const ConvShape& s, const Filters& f) {
@@ -155,22 +162,24 @@ Tensor run_transposed(const Tensor& input, const ConvShape& s, Flavour flavour, 
   int64_t size[3];  // that of s.out, but for an output_padding beyond the stride
   for (int axis = 0; axis < 3; axis++)
     size[axis] = axis_of(input.dim(), axis) < 0 ? 1 : input.size(axis_of(input.dim(), axis));
-  if (!bias && may_spread(s, flavour)) {
+  ConvShape turned;
+  const bool convolution = as_convolution(s, size, &turned);
+  if (!bias && may_spread(s, flavour) && !(convolution && planes_are_fuller(s, turned))) {
     const OutputImage out(input.dim(), s.batch, s.c, s.in, input.scalar_type(), channels_last);
     if (out.out.numel() == 0) return out.out;
     const ImageView dy = image_of("input", input, size, DType::f32);
     transposed_spread(s, dy.image, f, out.rows);
     return out.finish();
   }
-  ConvShape turned;
-  if (as_convolution(s, size, &turned)) {
+  if (convolution) {
     char* last = static_cast<char*>(const_cast<void*>(f.data));
     for (int axis = 0; axis < 3; axis++) {
       last += (s.kernel[axis] - 1) * f.kernel[axis] * size_of(f.dtype);
       swapped.kernel[axis] = -f.kernel[axis];
     }
     swapped.data = last;
-    const ConvAlgorithm algorithm = choose_conv(turned, flavour, exact, !channels_last);
+    const bool planes = !channels_last || (may_spread(s, flavour) && planes_are_fuller(s, turned));
+    const ConvAlgorithm algorithm = choose_conv(turned, flavour, exact, planes);
     const Tensor packed = pack_filters(turned, flavour, algorithm, swapped);
     return run_conv(input, turned, flavour, algorithm, packed, {bias, std::nullopt}, channels_last);
   }

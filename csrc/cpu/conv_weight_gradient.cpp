@@ -289,18 +289,55 @@ bool worth_runs(const ConvShape& s) {
   return s.dilation[2] == 1 && s.kernel[0] * s.kernel[1] * run * s.n < patch * s.n + 2 * s.taps() * s.c;
 }
 
+// One image of dy, channels innermost, to planes; where from and where to are still to be set.
+ConvCopy to_planes(const ConvShape& s, const Tensor& dy) {
+  const Strides strides = strides_of(dy);
+  ConvCopy p{};
+  p.batch = 1;
+  p.channels = s.n;
+  p.x_dtype = p.out_dtype = dtype_of(dy);
+  p.x_channel = 1;
+  for (int i = 0; i < 3; i++) {
+    p.size[i] = s.out(i);
+    p.x_stride[i] = strides.spatial[i];
+  }
+  p.out_channel = s.out(1) * s.out(2);
+  p.out_stride[1] = s.out(2);
+  p.out_stride[2] = 1;
+  return p;
+}
+
 // Each thread its images, and its sums.
 void planes_gradient(const ConvShape& s, const Tensor& input, const Tensor& grad_output, const Tensor& out) {
-  const Tensor x = in_planes(input), dy = as_contiguous(grad_output);
+  const Tensor x = in_planes(input);
+  // Pixels become planes image by image, in L1.
+  const bool turn = s.n > 1 && grad_output.stride(1) == 1;
+  const Tensor dy = turn ? grad_output : as_contiguous(grad_output);
   const ConvPlanes p = planes_of(s, x);
   const int64_t count = s.n * s.c * s.taps(), threads = torch::stable::get_num_threads();
-  const int64_t parts = s.batch < threads ? s.batch : threads;
+  const int64_t parts = s.batch < threads ? s.batch : threads, size = size_of(p.dtype);
   const Tensor sums = zeroed(parts * count * kPanel);
   float* sum = static_cast<float*>(sums.mutable_data_ptr());
-  const void* gradients = data_of("grad_output", dy);
+  const char* gradients = static_cast<const char*>(data_of("grad_output", dy));
   parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      kernels().conv_planes_gradient(p, gradients, part(s.batch, 1, parts, i), sum + i * count * kPanel);
+    for (int64_t i = begin; i < end; i++) {
+      const Range images = part(s.batch, 1, parts, i);
+      float* mine = sum + i * count * kPanel;
+      if (!turn) {
+        kernels().conv_planes_gradient(p, gradients, images, mine);
+        continue;
+      }
+      std::vector<char> planes(static_cast<size_t>(s.n * s.out(1) * s.out(2) * size));
+      ConvCopy copy = to_planes(s, dy);
+      copy.out = planes.data();
+      ConvPlanes one = p;
+      for (int64_t image = images.begin; image < images.end; image++) {
+        copy.x = gradients + image * dy.stride(0) * size;
+        kernels().conv_copy(copy, 0, s.out(1));
+        one.x = static_cast<const char*>(p.x) + image * p.x_batch * size;
+        kernels().conv_planes_gradient(one, planes.data(), {0, 1}, mine);
+      }
+    }
   });
   std::vector<float> filters(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; i++) {

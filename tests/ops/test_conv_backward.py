@@ -231,6 +231,19 @@ def test_few_channels(isa: str, last: bool, dtype: torch.dtype, geometry: Geomet
     assert dw[2].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_planes_of_pixels(isa: str, dtype: torch.dtype) -> None:
+    """Where pixels are the lanes of a weight gradient, an image whose channels are innermost is
+    turned on the way, to the same bits; those of an image with gaps too."""
+    x, w = torch.randn(5, 1, 28, 28).to(dtype), torch.randn(6, 1, 5, 5).to(dtype)
+    wide = torch.randn(5, 28, 28, 9).to(dtype)
+    arguments = ([1, 1], [2] * 4, [1, 1], 1, 0, 0, False, False, True, False)
+    for dy in (wide[..., :6].movedim(-1, 1), wide[..., :6].contiguous().movedim(-1, 1)):
+        _, turned, _ = backward(dy, x, w, *arguments)
+        assert _native.last_kernel() == f"conv_planes_weight_gradient.{isa}"
+        assert_exact(turned, backward(dy.contiguous(), x, w, *arguments)[1])
+
+
 def test_layouts_of_the_gradients() -> None:
     """That of the input as the output's, that of the weight contiguous, the bias' in fp32."""
     x, w = torch.randn(2, 16, 9, 9), torch.randn(20, 16, 3, 3)

@@ -112,8 +112,8 @@ struct ConvPlanes {
   float slope;
 };
 
-// A transposed convolution to few channels: stride 1 to the input is stride_h, stride_w to the outputs; axes h and w,
-// groups 1, dilation 1 along w.
+// A transposed convolution to few channels, along h and w: pixel i of dy gives to the outputs i·stride − pad +
+// tap·dilation, with dilation 1 along w; groups 1.
 constexpr int64_t kSpreadVectors = 3;  // of a row of taps, kernel_w·c lanes
 struct ConvSpread {
   int64_t n, c;  // channels in and out

@@ -45,6 +45,11 @@ inline Ints kernel_of(const Tensor& weight) {
 // The axis of a tensor (N, C, spatial…) that stands for axis i of (d, h, w), or −1.
 inline int64_t axis_of(int64_t dim, int i) { return i + dim - 3 >= 2 ? i + dim - 3 : -1; }
 
+// The part of the lanes that so many values fill.
+inline double filled(int64_t values) {
+  return static_cast<double>(values) / static_cast<double>(ceil_div(values, kPanel) * kPanel);
+}
+
 struct Strides {
   int64_t batch, channel, spatial[3];
 };
@@ -88,6 +93,19 @@ Tensor dense(const Tensor& t);
 // Channels-last pixels to a tensor of other strides.
 void copy_image(const Tensor& from, const Tensor& to, const int64_t* size);
 
+// Each of `count` on some thread.
+template <class F>
+void in_parallel(int64_t count, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads(), parts = count < threads ? count : threads;
+  if (count == 0) return;
+  parallel(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Range r = part(count, 1, parts, i);
+      for (int64_t at = r.begin; at < r.end; at++) f(at);
+    }
+  });
+}
+
 // --- weights: conv_weights.cpp
 
 // How a weight is read: output channel, input channel of the group, tap; strides in elements.
@@ -97,6 +115,7 @@ struct Filters {
   int64_t group, n, c, kernel[3];
 };
 
+float value_of(const void* data, DType dtype, int64_t i);  // of a floating dtype
 Filters filters_of(const Tensor& weight, const ConvShape& shape);
 // The sizes of a packed weight, and the packing.
 void packed_sizes(const ConvShape& shape, Flavour flavour, ConvAlgorithm algorithm, int64_t (&sizes)[3]);
@@ -129,5 +148,11 @@ Tensor packed_conv(const char* op, const Tensor& input, const Tensor& packed_wei
 // The transpose of this convolution's matrix: from its outputs (N, groups·n, …) to its inputs, plus a bias.
 Tensor run_transposed(const Tensor& input, const ConvShape& shape, Flavour flavour, const Filters& filters, bool exact,
                       const std::optional<Tensor>& bias, bool channels_last);
+
+// --- gradients: conv_weight_gradient.cpp
+
+// exact: without Winograd. Products in fp32, whatever the tensors' dtype.
+Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const ConvShape& s, const Tensor& weight,
+                       bool exact);
 
 }  // namespace pbm

@@ -1,344 +1,9 @@
-#include <cstring>
-
 #include "cpu/conv.h"
 
 namespace pbm {
 namespace {
 
-// --- the gradient of the weight --------------------------------------------------------------------------------------
-
-Tensor zeroed(int64_t floats) {
-  Tensor t = empty_cpu(&floats, 1, ScalarType::Float);
-  std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(floats) * sizeof(float));
-  return t;
-}
-
-template <class F>
-void in_parallel(int64_t count, const F& f) {
-  const int64_t threads = torch::stable::get_num_threads(), parts = count < threads ? count : threads;
-  if (count == 0) return;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(count, 1, parts, i);
-      for (int64_t at = r.begin; at < r.end; at++) f(at);
-    }
-  });
-}
-
-// Sums to (groups·n, c, kernel…) in the weight's dtype; that of tap t, filter k, channel c is at t·tap + k·row + c.
-struct Sums {
-  const float* data;
-  int64_t tap, row;
-};
-
-void write_weight(const ConvShape& s, const Sums& sums, int64_t group, const Tensor& out) {
-  const int64_t each = s.c * s.taps();
-  const DType dtype = dtype_of(out);
-  void* data = out.mutable_data_ptr();
-  in_parallel(s.n, [&](int64_t k) {
-    std::vector<float> filter(static_cast<size_t>(each));
-    const float* from = sums.data + k * sums.row;
-    for (int64_t t = 0; t < s.taps(); t++)
-      for (int64_t c = 0; c < s.c; c++) filter[static_cast<size_t>(c * s.taps() + t)] = from[t * sums.tap + c];
-    ConvCopy p{};
-    p.batch = p.size[0] = p.size[1] = p.size[2] = 1;
-    p.channels = each;
-    p.x = filter.data();
-    p.x_dtype = DType::f32;
-    p.x_channel = p.out_channel = 1;
-    p.out = static_cast<char*>(data) + (group * s.n + k) * each * size_of(dtype);
-    p.out_dtype = dtype;
-    kernels().conv_copy(p, 0, 1);
-  });
-}
-
-// Sums of dy and x over some pixels, for each tap: what is read stays in L2 while filters and channels pass by, and the
-// rounding error is that of so many terms.
-constexpr int64_t kPixelsAtOnce = 256;
-
-// Outputs w that tap `at` (its distance from the output's first input) sees inside of a row.
-Range seen(const ConvShape& s, int axis, int64_t at) {
-  const int64_t first = at < 0 ? ceil_div(-at, s.stride[axis]) : 0;
-  const int64_t end = at >= s.in[axis] ? 0 : (s.in[axis] - 1 - at) / s.stride[axis] + 1;
-  return {first, end < s.out(axis) ? end : s.out(axis)};
-}
-
-struct Images {
-  const float *dy, *x;  // of the group
-  ConvImage dy_image, x_image;
-};
-
-// The stretches of outputs (image, d, h) from `row` to `end` that tap t sees.
-void stretches_of(const ConvShape& s, const Images& images, int64_t t, Range rows,
-                  std::vector<WeightSum::Stretch>* stretches) {
-  const int64_t tap[3] = {t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
-  int64_t at[3];
-  for (int axis = 0; axis < 3; axis++) at[axis] = tap[axis] * s.dilation[axis] - s.pad[axis];
-  const Range d_seen = seen(s, 0, at[0]), h_seen = seen(s, 1, at[1]), w_seen = seen(s, 2, at[2]);
-  stretches->clear();
-  if (w_seen.begin >= w_seen.end) return;
-  for (int64_t row = rows.begin; row < rows.end; row++) {
-    const int64_t h = row % s.out(1), d = row / s.out(1) % s.out(0), image = row / (s.out(1) * s.out(0));
-    if (h < h_seen.begin || h >= h_seen.end || d < d_seen.begin || d >= d_seen.end) continue;
-    const ConvImage &x = images.x_image, &dy = images.dy_image;
-    stretches->push_back(
-        {images.dy + image * dy.batch_stride + d * dy.stride[0] + h * dy.stride[1] + w_seen.begin * dy.stride[2],
-         images.x + image * x.batch_stride + (d * s.stride[0] + at[0]) * x.stride[0] +
-             (h * s.stride[1] + at[1]) * x.stride[1] + (w_seen.begin * s.stride[2] + at[2]) * x.stride[2],
-         w_seen.end - w_seen.begin});
-  }
-}
-
-// How filters, channels and taps are cut over threads: filters where there are enough, else taps, else channels.
-struct Cut {
-  Range taps, n, panels;
-
-  Cut(const ConvShape& s, int64_t threads, int64_t i) {
-    const int64_t all = ceil_div(s.c, kPanel);
-    const bool by_n = s.n >= 8 * threads, by_taps = !by_n && s.taps() >= 2 * threads;
-    taps = by_taps ? part(s.taps(), 1, threads, i) : Range{0, s.taps()};
-    n = by_n ? part(s.n, 1, threads, i) : Range{0, s.n};
-    panels = by_n || by_taps ? Range{0, all} : part(all, 1, threads, i);
-  }
-};
-
-template <class F>
-void over_threads(const F& f) {
-  const int64_t threads = torch::stable::get_num_threads();
-  parallel(threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) f(threads, i);
-  });
-}
-
-Images images_of(const ConvShape& s, const ImageView& x, const ImageView& dy, int64_t group) {
-  return {static_cast<const float*>(dy.image.data) + group * s.n, static_cast<const float*>(x.image.data) + group * s.c,
-          dy.image, x.image};
-}
-
-void taps_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
-  const int64_t sum_row = ceil_div(s.c, kPanel) * kPanel, sum_tap = s.n * sum_row, rows = s.batch * s.out(0) * s.out(1);
-  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
-  for (int64_t group = 0; group < s.groups; group++) {
-    const Images images = images_of(s, x, dy, group);
-    const Tensor sums = zeroed(s.taps() * sum_tap);
-    float* sum = static_cast<float*>(sums.mutable_data_ptr());
-    over_threads([&](int64_t threads, int64_t i) {
-      const Cut cut(s, threads, i);
-      std::vector<WeightSum::Stretch> stretches;
-      for (int64_t row = 0; row < rows; row += rows_at_once)
-        for (int64_t t = cut.taps.begin; t < cut.taps.end; t++) {
-          stretches_of(s, images, t, {row, row + rows_at_once < rows ? row + rows_at_once : rows}, &stretches);
-          const WeightSum p{stretches.data(),
-                            static_cast<int64_t>(stretches.size()),
-                            dy.image.stride[2],
-                            x.image.stride[2] * s.stride[2],
-                            s.c,
-                            sum + t * sum_tap,
-                            sum_row};
-          if (p.count) kernels().conv_weight_sum(p, cut.n, cut.panels);
-        }
-    });
-    write_weight(s, {sum, sum_tap, sum_row}, group, out);
-  }
-}
-
-// Winograd's tiles of x and dy, the sums of their products at each of the (m + 2)² places, and from these the filters.
-void winograd_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, int m, const Tensor& out) {
-  constexpr int64_t kTileBytes = int64_t{4} << 20;
-  const int64_t places = (m + 2) * (m + 2), tiles = s.batch * ceil_div(s.out(1), m) * ceil_div(s.out(2), m);
-  const int64_t c = ceil_div(s.c, kPanel) * kPanel, n = ceil_div(s.n, kPanel) * kPanel;
-  WinogradTiles g{};
-  g.p.m = m;
-  g.p.pad[0] = s.pad[1];
-  g.p.pad[1] = s.pad[2];
-  g.p.conv.c = s.c;
-  g.p.conv.x = x.image;
-  for (int axis = 0; axis < 3; axis++) g.p.conv.out[axis] = s.out(axis);
-  g.dy = dy.image;
-  g.n = s.n;
-  g.x_row = c + kPanel;  // an odd number of cache lines, mostly
-  g.dy_row = n + kPanel;
-  const int64_t fit = kTileBytes / (places * (g.x_row + g.dy_row) * 4), most = fit < 1 ? 1 : fit < tiles ? fit : tiles;
-  g.x_next = most * g.x_row;
-  g.dy_next = most * g.dy_row;
-  const int64_t floats = places * (g.x_next + g.dy_next), sum_place = s.n * c, nine = 9 * sum_place;
-  const Tensor transformed = empty_cpu(&floats, 1, ScalarType::Float), filters = empty_cpu(&nine, 1, ScalarType::Float);
-  float *const x_tiles = static_cast<float*>(transformed.mutable_data_ptr()), *const dy_tiles =
-                                                                                  x_tiles + places * g.x_next;
-  for (int64_t group = 0; group < s.groups; group++) {
-    const Tensor sums = zeroed(places * sum_place);
-    float *sum = static_cast<float*>(sums.mutable_data_ptr()), *nines = static_cast<float*>(filters.mutable_data_ptr());
-    for (int64_t t = 0; t < tiles; t += most) {
-      const int64_t count = most < tiles - t ? most : tiles - t;
-      over_threads([&](int64_t threads, int64_t i) {
-        const Range r = part(count, 1, threads, i);
-        WinogradTiles mine = g;
-        mine.x_tiles = x_tiles + r.begin * g.x_row;
-        mine.dy_tiles = dy_tiles + r.begin * g.dy_row;
-        kernels().winograd_gradient_tiles(mine, group, {t + r.begin, t + r.end});
-      });
-      in_parallel(places, [&](int64_t place) {
-        const WeightSum::Stretch stretch{dy_tiles + place * g.dy_next, x_tiles + place * g.x_next, count};
-        const WeightSum p{&stretch, 1, g.dy_row, g.x_row, c, sum + place * sum_place, c};
-        kernels().conv_weight_sum(p, {0, s.n}, {0, c / kPanel});
-      });
-    }
-    in_parallel(s.n, [&](int64_t k) {
-      kernels().winograd_gradient_output(m, sum + k * c, sum_place, nines + k * c, sum_place, c);
-    });
-    write_weight(s, {nines, sum_place, c}, group, out);
-  }
-}
-
-// Images of few channels: what an output sees, taps and channels side by side, is one row of a matrix.
-void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
-  const int64_t columns = ceil_div(s.taps() * s.c, kPanel) * kPanel, rows = s.batch * s.out(0) * s.out(1);
-  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
-  const float *image_data = static_cast<const float*>(x.image.data),
-              *dy_data = static_cast<const float*>(dy.image.data);
-  const int64_t threads = torch::stable::get_num_threads(), sum_floats = s.n * columns;
-  const Tensor sums = zeroed(threads * sum_floats);
-  float* sum = static_cast<float*>(sums.mutable_data_ptr());
-
-  const auto fill_patch = [&](int64_t row, int64_t w, float* to) {
-    const int64_t h = row % s.out(1) * s.stride[1] - s.pad[1];
-    const int64_t d = row / s.out(1) % s.out(0) * s.stride[0] - s.pad[0], image = row / (s.out(1) * s.out(0));
-    const float* end = to + columns;
-    for (int64_t i = 0; i < s.kernel[0]; i++)
-      for (int64_t j = 0; j < s.kernel[1]; j++) {
-        const int64_t at_d = d + i * s.dilation[0], at_h = h + j * s.dilation[1];
-        const bool there = at_d >= 0 && at_d < s.in[0] && at_h >= 0 && at_h < s.in[1];
-        // Rows of the image have their padding with them.
-        const float* from = image_data + image * x.image.batch_stride + at_d * x.image.stride[0] +
-                            at_h * x.image.stride[1] + w * s.stride[2] * x.image.stride[2];
-        for (int64_t q = 0; q < s.kernel[2]; q++)
-          for (int64_t c = 0; c < s.c; c++) *to++ = there ? from[q * s.dilation[2] * x.image.stride[2] + c] : 0.f;
-      }
-    while (to < end) *to++ = 0.f;
-  };
-  // Each thread its rows, and its sums.
-  over_threads([&](int64_t all, int64_t i) {
-    const Range mine = part(rows, 1, all, i);
-    std::vector<float> patches(static_cast<size_t>(rows_at_once * s.out(2) * columns));
-    std::vector<WeightSum::Stretch> stretches;
-    for (int64_t row = mine.begin; row < mine.end; row += rows_at_once) {
-      stretches.clear();
-      for (int64_t r = row; r < mine.end && r < row + rows_at_once; r++) {
-        float* patch = patches.data() + (r - row) * s.out(2) * columns;
-        for (int64_t w = 0; w < s.out(2); w++) fill_patch(r, w, patch + w * columns);
-        const int64_t h = r % s.out(1), d = r / s.out(1) % s.out(0), image = r / (s.out(1) * s.out(0));
-        stretches.push_back({dy_data + image * dy.image.batch_stride + d * dy.image.stride[0] + h * dy.image.stride[1],
-                             patch, s.out(2)});
-      }
-      const WeightSum p{stretches.data(),
-                        static_cast<int64_t>(stretches.size()),
-                        dy.image.stride[2],
-                        columns,
-                        columns,
-                        sum + i * sum_floats,
-                        columns};
-      kernels().conv_weight_sum(p, {0, s.n}, {0, columns / kPanel});
-    }
-  });
-  for (int64_t i = 1; i < threads; i++)
-    for (int64_t k = 0; k < sum_floats; k++) sum[k] += sum[i * sum_floats + k];
-  write_weight(s, {sum, s.c, columns}, 0, out);
-}
-
-// Each thread its images, and its sums.
-void planes_gradient(const ConvShape& s, const Tensor& input, const Tensor& grad_output, const Tensor& out) {
-  const Tensor x = in_planes(input), dy = as_contiguous(grad_output);
-  const ConvPlanes p = planes_of(s, x);
-  const int64_t count = s.n * s.c * s.taps(), threads = torch::stable::get_num_threads();
-  const int64_t parts = s.batch < threads ? s.batch : threads;
-  const Tensor sums = zeroed(parts * count * kPanel);
-  float* sum = static_cast<float*>(sums.mutable_data_ptr());
-  const void* gradients = data_of("grad_output", dy);
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      kernels().conv_planes_gradient(p, gradients, part(s.batch, 1, parts, i), sum + i * count * kPanel);
-  });
-  std::vector<float> filters(static_cast<size_t>(count));  // [n][c][tap], as the weight is
-  for (int64_t i = 0; i < count; i++) {
-    float total = 0;
-    for (int64_t t = 0; t < parts; t++)
-      for (int64_t lane = 0; lane < kPanel; lane++) total += sum[(t * count + i) * kPanel + lane];
-    filters[static_cast<size_t>(i)] = total;
-  }
-  ConvShape whole = s;
-  whole.c = s.c * s.taps();
-  whole.kernel[0] = whole.kernel[1] = whole.kernel[2] = 1;
-  write_weight(whole, {filters.data(), 0, whole.c}, 0, out);
-}
-
-void depthwise_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
-  const int64_t blocks = ceil_div(s.groups, kPanel), taps = s.taps();
-  const Tensor sums = zeroed(blocks * taps * kPanel);
-  float* sum = static_cast<float*>(sums.mutable_data_ptr());
-  DepthwiseWeightSum p{};
-  p.batch = s.batch;
-  p.channels = s.groups;
-  p.dtype = dtype_of(x.tensor);
-  p.x = x.image;
-  p.dy = dy.image;
-  p.sum = sum;
-  for (int axis = 0; axis < 3; axis++) {
-    p.out[axis] = s.out(axis);
-    p.kernel[axis] = s.kernel[axis];
-    p.stride[axis] = s.stride[axis];
-    p.pad[axis] = s.pad[axis];
-    p.dilation[axis] = s.dilation[axis];
-  }
-  in_parallel(blocks, [&](int64_t i) { kernels().depthwise_weight_sum(p, {i, i + 1}); });
-  // [block][tap][channel] is, for one filter a channel, tap·16 + channel.
-  for (int64_t g = 0; g < s.groups; g++) {
-    ConvShape one = s;
-    one.n = 1;
-    write_weight(one, {sum + g / kPanel * taps * kPanel + g % kPanel, kPanel, 0}, g, out);
-  }
-}
-
-// Where the sums of all places stay in the last-level cache, and the tiles are not mostly border.
-bool worth_winograd(const ConvShape& s) {
-  return s.c >= kPanel && s.n >= kPanel && 36 * s.c * s.n * 4 <= int64_t{12} << 20 && s.out(1) >= 4 && s.out(2) >= 4;
-}
-
 bool is_winograd(ConvAlgorithm a) { return a == ConvAlgorithm::winograd2 || a == ConvAlgorithm::winograd4; }
-
-// The products are computed in fp32, whatever the tensors' dtype.
-Tensor weight_gradient(const Tensor& input, const Tensor& grad_output, const ConvShape& s, const Tensor& weight,
-                       bool exact) {
-  int64_t sizes[5];
-  for (int64_t i = 0; i < weight.dim(); i++) sizes[i] = weight.size(i);
-  const Tensor out = empty_cpu(sizes, weight.dim(), weight.scalar_type());
-  if (out.numel() == 0) return out;
-  const int64_t out_size[3] = {s.out(0), s.out(1), s.out(2)};
-  if (s.pixels() == 0 || s.in[0] * s.in[1] * s.in[2] == 0) {
-    std::memset(out.mutable_data_ptr(), 0, static_cast<size_t>(out.numel() * size_of(dtype_of(out))));
-    return out;
-  }
-  if (s.groups > 1 && s.c == 1 && s.n == 1) {
-    const DType dtype = dtype_of(input);
-    depthwise_gradient(s, image_of("input", input, s.in, dtype), image_of("grad_output", grad_output, out_size, dtype),
-                       out);
-    return out;
-  }
-  if (s.c < kPanel && s.n <= kPanel && s.n * s.c * s.taps() <= 8192 &&
-      conv_admits(s, Flavour::f32, ConvAlgorithm::planes)) {
-    planes_gradient(s, input, grad_output, out);
-    return out;
-  }
-  const ImageView dy = image_of("grad_output", grad_output, out_size, DType::f32);
-  const bool few = s.groups == 1 && s.c < kPanel && s.taps() > 1 && s.pad_end[2] >= 0;
-  const ImageView x = image_of("input", input, s.in, DType::f32, few ? s.pad[2] : 0, few ? s.pad_end[2] : 0);
-  if (few)
-    patches_gradient(s, x, dy, out);
-  else if (!exact && conv_admits(s, Flavour::f32, ConvAlgorithm::winograd4) && worth_winograd(s))
-    winograd_gradient(s, x, dy, 4, out);
-  else
-    taps_gradient(s, x, dy, out);
-  return out;
-}
 
 // Of contiguous planes: sixteen sums a plane, which bound the rounding error too.
 void sum_planes(const Tensor& grad_output, int64_t pixels, float* out) {
@@ -359,6 +24,30 @@ void sum_planes(const Tensor& grad_output, int64_t pixels, float* out) {
   });
 }
 
+// Of few channels, innermost: sixteen pixels are one row of sums, whose lanes are full and whose rounding error is that of
+// a sixteenth of the terms.
+constexpr int64_t kPixelsARow = 16;
+
+void sum_pixels(const ColumnSum& s, float* out) {
+  const int64_t wide = s.columns * kPixelsARow, rest = s.rows % kPixelsARow;
+  std::vector<float> sums(static_cast<size_t>(wide)), last(static_cast<size_t>(s.columns));
+  const int64_t parts = s.rows * s.columns > 65536 ? torch::stable::get_num_threads() : 1;
+  const ColumnSum rows{s.rows / kPixelsARow, wide, s.x, s.dtype, wide, sums.data(), DType::f32};
+  parallel(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Range c = part(wide, kPanel, parts, i);
+      kernels().column_sum(rows, c.begin, c.end);
+    }
+  });
+  const char* x = static_cast<const char*>(s.x) + (s.rows - rest) * s.columns * size_of(s.dtype);
+  kernels().column_sum({rest, s.columns, x, s.dtype, s.columns, last.data(), DType::f32}, 0, s.columns);
+  for (int64_t c = 0; c < s.columns; c++) {
+    double total = last[static_cast<size_t>(c)];
+    for (int64_t i = c; i < wide; i += s.columns) total += sums[static_cast<size_t>(i)];
+    out[c] = static_cast<float>(total);
+  }
+}
+
 // In fp32 whatever the gradient's dtype, as linear's.
 Tensor bias_gradient(const Tensor& grad_output) {
   const int64_t channels = grad_output.size(1);
@@ -376,6 +65,10 @@ Tensor bias_gradient(const Tensor& grad_output) {
   const ImageView dy = image_of("grad_output", dense(grad_output), size, dtype_of(grad_output));
   const int64_t rows = grad_output.size(0) * size[0] * size[1] * size[2];
   const ColumnSum s{rows, channels, dy.image.data, dtype_of(grad_output), channels, out.mutable_data_ptr(), DType::f32};
+  if (channels < kPanel && rows >= kPixelsARow) {
+    sum_pixels(s, static_cast<float*>(out.mutable_data_ptr()));
+    return out;
+  }
   const int64_t parts = rows * channels > 65536 ? torch::stable::get_num_threads() : 1;
   parallel(parts, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {

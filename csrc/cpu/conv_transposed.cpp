@@ -98,6 +98,60 @@ bool as_convolution(const ConvShape& s, const int64_t (&size)[3], ConvShape* tur
   return true;
 }
 
+// Rows of taps, channels side by side, as the lanes: where channels alone would leave most of them empty.
+bool may_spread(const ConvShape& s, Flavour flavour) {
+  return flavour == Flavour::f32 && s.groups == 1 && s.in[0] == 1 && s.kernel[0] == 1 && s.stride[0] == 1 &&
+         s.pad[0] == 0 && s.pad_end[0] == 0 && s.dilation[2] == 1 && s.c > 0 && s.c < kPanel && s.kernel[2] > 1 &&
+         s.kernel[2] * s.c <= kSpreadVectors * kPanel;
+}
+
+// Pixels as the lanes instead; they multiply the zeros around the image too.
+bool planes_are_fuller(const ConvShape& s, const ConvShape& turned) {
+  const double inside = static_cast<double>(turned.in[1] * turned.in[2]) / static_cast<double>(s.in[1] * s.in[2]);
+  return choose_conv(turned, Flavour::f32, true, true) == ConvAlgorithm::planes &&
+         filled(s.in[2]) * inside > filled(s.kernel[2] * s.c);
+}
+
+std::vector<float> pack_for_spread(const ConvShape& s, const Filters& f) {
+  const int64_t lanes = ceil_div(s.kernel[2] * s.c, kPanel) * kPanel;
+  std::vector<float> packed(static_cast<size_t>(s.kernel[1] * s.n * lanes));
+  for (int64_t i = 0; i < s.kernel[1]; i++)
+    for (int64_t n = 0; n < s.n; n++)
+      for (int64_t j = 0; j < s.kernel[2]; j++)
+        for (int64_t c = 0; c < s.c; c++)
+          packed[static_cast<size_t>((i * s.n + n) * lanes + j * s.c + c)] =
+              value_of(f.data, f.dtype, n * f.n + c * f.c + i * f.kernel[1] + j * f.kernel[2]);
+  return packed;
+}
+
+void transposed_spread(const ConvShape& s, const ConvImage& dy, const Filters& f, const Tensor& out) {
+  const std::vector<float> packed = pack_for_spread(s, f);
+  ConvSpread p{};
+  p.n = s.n;
+  p.c = s.c;
+  p.dy = dy;
+  p.kernel_h = s.kernel[1];
+  p.kernel_w = s.kernel[2];
+  p.stride_h = s.stride[1];
+  p.stride_w = s.stride[2];
+  p.pad_h = s.pad[1];
+  p.pad_w = s.pad[2];
+  p.dilation_h = s.dilation[1];
+  p.weight = packed.data();
+  p.out = out.mutable_data_ptr();
+  p.dtype = dtype_of(out);
+  p.out_h = s.in[1];
+  p.out_w = s.in[2];
+  const int64_t rows = s.batch * p.out_h, products = s.batch * dy.size[1] * dy.size[2] * s.taps() * s.n * s.c;
+  const int64_t parts = products > 65536 ? torch::stable::get_num_threads() : 1;
+  parallel(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Range r = part(rows, 1, parts, i);
+      kernels().conv_spread(p, r.begin, r.end);
+    }
+  });
+}
+
 }  // namespace
 
 Tensor run_transposed(const Tensor& input, const ConvShape& s, Flavour flavour, const Filters& f, bool exact,
@@ -109,14 +163,23 @@ Tensor run_transposed(const Tensor& input, const ConvShape& s, Flavour flavour, 
   for (int axis = 0; axis < 3; axis++)
     size[axis] = axis_of(input.dim(), axis) < 0 ? 1 : input.size(axis_of(input.dim(), axis));
   ConvShape turned;
-  if (as_convolution(s, size, &turned)) {
+  const bool convolution = as_convolution(s, size, &turned);
+  if (!bias && may_spread(s, flavour) && !(convolution && planes_are_fuller(s, turned))) {
+    const OutputImage out(input.dim(), s.batch, s.c, s.in, input.scalar_type(), channels_last);
+    if (out.out.numel() == 0) return out.out;
+    const ImageView dy = image_of("input", input, size, DType::f32);
+    transposed_spread(s, dy.image, f, out.rows);
+    return out.finish();
+  }
+  if (convolution) {
     char* last = static_cast<char*>(const_cast<void*>(f.data));
     for (int axis = 0; axis < 3; axis++) {
       last += (s.kernel[axis] - 1) * f.kernel[axis] * size_of(f.dtype);
       swapped.kernel[axis] = -f.kernel[axis];
     }
     swapped.data = last;
-    const ConvAlgorithm algorithm = choose_conv(turned, flavour, exact, !channels_last);
+    const bool planes = !channels_last || (may_spread(s, flavour) && planes_are_fuller(s, turned));
+    const ConvAlgorithm algorithm = choose_conv(turned, flavour, exact, planes);
     const Tensor packed = pack_filters(turned, flavour, algorithm, swapped);
     return run_conv(input, turned, flavour, algorithm, packed, {bias, std::nullopt}, channels_last);
   }

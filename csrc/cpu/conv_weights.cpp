@@ -70,13 +70,6 @@ void pack_panels(const ConvShape& s, Flavour flavour, const Tensor& rows, int64_
   });
 }
 
-float value_of(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  if (dtype == DType::f16) return static_cast<float>(std::bit_cast<_Float16>(bits));
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
-
 void pack_for_winograd(const ConvShape& s, const Filters& f, int m, float* out) {
   WinogradPack p{m,   s.groups,    s.n,         s.c, static_cast<const float*>(f.data), f.group, f.n,
                  f.c, f.kernel[1], f.kernel[2], out};
@@ -119,6 +112,13 @@ void pack_for_depthwise(const ConvShape& s, const Filters& f, float* out) {
 }
 
 }  // namespace
+
+float value_of(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  if (dtype == DType::f16) return static_cast<float>(std::bit_cast<_Float16>(bits));
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 
 Filters filters_of(const Tensor& weight, const ConvShape& shape) {
   const Strides s = strides_of(weight);

@@ -101,6 +101,7 @@ void test_conv_copy(const Options&);
 void test_conv_depthwise(const Options&);
 void test_conv_direct(const Options&);
 void test_conv_planes(const Options&);
+void test_conv_spread(const Options&);
 void test_conv_weight_gradient(const Options&);
 void test_conv_winograd(const Options&);
 

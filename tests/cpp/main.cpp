@@ -28,6 +28,7 @@ int main(int argc, char** argv) {
                           {"conv_depthwise", test::test_conv_depthwise},
                           {"conv_direct", test::test_conv_direct},
                           {"conv_planes", test::test_conv_planes},
+                          {"conv_spread", test::test_conv_spread},
                           {"conv_weight_gradient", test::test_conv_weight_gradient},
                           {"conv_winograd", test::test_conv_winograd}};
   test::Options options;

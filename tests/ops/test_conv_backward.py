@@ -189,6 +189,61 @@ def test_strides(isa: str, dtype: torch.dtype, geometry: Geometry) -> None:
                 assert_no_worse(db, their_db, exact_db, floor_ulps=ulps(db))
 
 
+FEW = [  # channels in, whose taps of a row fill the lanes that they do not
+    Geometry(3, (6, 16), (14, 14), (5, 5)),
+    Geometry(2, (3, 20), (17, 19), (7, 7), stride=(2, 2), padding=same(7, 7)),
+    Geometry(2, (15, 5), (9, 8), (3, 3), (1, 3), padding=((0, 2), (3, 1)), dilation=(2, 1)),
+    Geometry(2, (2, 3), (6, 4), (2, 4), (3, 5), padding=((1, 1), (3, 3))),
+    Geometry(2, (4, 8), (40,), (9,), (2,)),
+]
+
+
+@pytest.mark.parametrize("geometry", FEW, ids=str)
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_few_channels(isa: str, last: bool, dtype: torch.dtype, geometry: Geometry) -> None:
+    """A row of taps, channels side by side, is what lanes are filled with: of the data gradient and
+    of the weight's. A NaN reaches the pixels and the filter that it is seen by, no other."""
+    case = make_case(geometry, dtype)
+    x, w = case.inputs[0], case.weight
+
+    def theirs(x: Tensor, w: Tensor) -> Tensor:
+        return torch_conv(geometry, x, w, None)
+
+    dy = torch.randn(theirs(x, w).shape).to(dtype)
+    expected = gradients(theirs, dy, x, w)
+    exact = gradients(theirs, *(t.double() for t in (dy, x, w)))
+    arguments = (*geometry.raw, 0, 0, last, True, True, False)
+    if last:
+        x, dy = channels_last(x), channels_last(dy)
+    clean = backward(dy, x, w, *arguments)
+    for actual, other, reference64 in zip(clean[:2], expected, exact, strict=True):
+        assert_no_worse(actual, other, reference64, floor_ulps=ulps(actual))
+    backward(dy, x, w, *geometry.raw, 0, 0, last, True, False, False)
+    assert _native.last_kernel() == f"conv_spread.{isa}"
+    bad = dy.clone()
+    bad[1, 2][(-1,) * geometry.axes] = torch.nan
+    seen = gradients(theirs, bad.double().nan_to_num(1e6), x.double(), w.abs().double() + 1)
+    clear = gradients(theirs, bad.double().nan_to_num(0), x.double(), w.abs().double() + 1)
+    dx, dw, _ = backward(bad, x, w, *arguments)
+    assert torch.equal(dx.isnan(), seen[0] != clear[0])
+    assert_exact(dw[[n != 2 for n in range(len(w))]], clean[1][[n != 2 for n in range(len(w))]])
+    assert dw[2].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_planes_of_pixels(isa: str, dtype: torch.dtype) -> None:
+    """Where pixels are the lanes of a weight gradient, an image whose channels are innermost is
+    turned on the way, to the same bits; those of an image with gaps too."""
+    x, w = torch.randn(5, 1, 28, 28).to(dtype), torch.randn(6, 1, 5, 5).to(dtype)
+    wide = torch.randn(5, 28, 28, 9).to(dtype)
+    arguments = ([1, 1], [2] * 4, [1, 1], 1, 0, 0, False, False, True, False)
+    for dy in (wide[..., :6].movedim(-1, 1), wide[..., :6].contiguous().movedim(-1, 1)):
+        _, turned, _ = backward(dy, x, w, *arguments)
+        assert _native.last_kernel() == f"conv_planes_weight_gradient.{isa}"
+        assert_exact(turned, backward(dy.contiguous(), x, w, *arguments)[1])
+
+
 def test_layouts_of_the_gradients() -> None:
     """That of the input as the output's, that of the weight contiguous, the bias' in fp32."""
     x, w = torch.randn(2, 16, 9, 9), torch.randn(20, 16, 3, 3)

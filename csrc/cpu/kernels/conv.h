@@ -112,6 +112,19 @@ struct ConvPlanes {
   float slope;
 };
 
+// A transposed convolution to few channels, along h and w: pixel i of dy gives to the outputs i·stride − pad +
+// tap·dilation, with dilation 1 along w; groups 1.
+constexpr int64_t kSpreadVectors = 3;  // of a row of taps, kernel_w·c lanes
+struct ConvSpread {
+  int64_t n, c;  // channels in and out
+  ConvImage dy;  // in fp32
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h;
+  const float* weight;  // [tap row][n][vectors of (tap, c)], filled up with zeros
+  void* out;            // dense, channels innermost
+  DType dtype;
+  int64_t out_h, out_w;
+};
+
 // The same one channel at a time: out[tap][channel] += Σ dy·x over rows of outputs.
 struct DepthwiseWeightSum {
   int64_t batch, channels, out[3];

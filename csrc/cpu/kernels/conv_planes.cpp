@@ -90,16 +90,12 @@ Vec activated(Activation a, Vec y, float slope) {
 }
 
 // Sums of one channel's pixels to the output.
-void put(const ConvPlanes& p, int64_t at, int64_t k, const float* sums, int n) {
-  with_float_dtype(p.dtype, [&]<DType T>() {
+template <DType T>
+PBM_INLINE void put(const ConvPlanes& p, int64_t at, float bias, const float* sums, int n) {
     Vec y = load(sums);
-    if (p.bias)
-      y = add(y, with_float_dtype(p.bias_dtype, [&]<DType B>() {
-                return set1(reduce_add(load16_n<B>(p.bias, k, 1)));  // the others are zero
-              }));
+    if (p.bias) y = add(y, set1(bias));
     if (p.residual) y = add(y, load16_n<T>(p.residual, at, n));
     store16_n<T>(p.out, at, activated(p.activation, y, p.slope), n);
-  });
 }
 
 }  // namespace
@@ -112,19 +108,28 @@ void conv_planes(const ConvPlanes& p, int64_t image, Range rows) {
   const int64_t across = ceil_div(p.out_w, kWidth), vectors = (rows.end - rows.begin) * across;
   const int64_t plane = p.c ? planes.at(1, 0) - planes.at(0, 0) : 0, taps = p.kernel_h * p.kernel_w;
   alignas(64) float sums[kChannels * kVectors * kWidth];
+  float biases[kChannels] = {};
   for (int64_t k = 0; k < p.n; k += kChannels) {
     const int64_t channels = min64(kChannels, p.n - k);
+    if (p.bias)
+      with_float_dtype(p.bias_dtype, [&]<DType B>() {
+        store_n(biases, load16_n<B>(p.bias, k, static_cast<int>(channels)), static_cast<int>(channels));
+      });
     for (int64_t v = 0; v < vectors; v += kVectors) {
       const int64_t count = min64(kVectors, vectors - v);
       const float* x[kVectors];
       for (int64_t i = 0; i < count; i++) x[i] = planes.at(0, (v + i) / across) + (v + i) % across * kWidth;
       kTiles[channels - 1][count - 1](p, x, plane, planes.row(), p.weight + k * p.c * taps, sums);
-      for (int64_t q = 0; q < channels; q++)
+      with_float_dtype(p.dtype, [&]<DType T>() {
         for (int64_t i = 0; i < count; i++) {
           const int64_t w = (v + i) % across * kWidth, h = rows.begin + (v + i) / across;
-          const int64_t at = ((image * p.n + k + q) * p.out_h + h) * p.out_w + w;
-          put(p, at, k + q, sums + (q * count + i) * kWidth, static_cast<int>(min64(kWidth, p.out_w - w)));
+          const int n = static_cast<int>(min64(kWidth, p.out_w - w));
+          for (int64_t q = 0; q < channels; q++) {
+            const int64_t at = ((image * p.n + k + q) * p.out_h + h) * p.out_w + w;
+            put<T>(p, at, biases[q], sums + (q * count + i) * kWidth, n);
+          }
         }
+      });
     }
   }
 }
@@ -169,20 +174,25 @@ void conv_planes_gradient(const ConvPlanes& p, const void* dy, Range images, flo
       scratch(ScratchSlot::accumulators, static_cast<size_t>(p.n * pixels + kWidth) * sizeof(float)));
   for (int64_t image = images.begin; image < images.end; image++) {
     planes.fill(image);
-    with_float_dtype(p.dtype, [&]<DType T>() {
-      for (int64_t i = 0; i < p.n * pixels; i += kWidth) {
-        const int n = static_cast<int>(min64(kWidth, p.n * pixels - i));
-        store_n(gradients + i, load16_n<T>(dy, image * p.n * pixels + i, n), n);
-      }
-    });
+    const float* g = gradients;
+    if (p.dtype == DType::f32)
+      g = static_cast<const float*>(dy) + image * p.n * pixels;
+    else
+      with_float_dtype(p.dtype, [&]<DType T>() {
+        for (int64_t i = 0; i < p.n * pixels; i += kWidth) {
+          const int n = static_cast<int>(min64(kWidth, p.n * pixels - i));
+          store_n(gradients + i, load16_n<T>(dy, image * p.n * pixels + i, n), n);
+        }
+      });
     for (int64_t c = 0; c < p.c; c++)
       for (int64_t i = 0; i < p.kernel_h; i++)
         for (int64_t j = 0; j < p.kernel_w; j += kTaps)
-          for (int64_t k = 0; k < p.n; k += 4) {
-            const int64_t filters = min64(4, p.n - k), count = min64(kTaps, p.kernel_w - j);
+          for (int64_t k = 0, filters; k < p.n; k += filters) {
+            filters = ceil_div(p.n - k, ceil_div(p.n - k, 4));
+            const int64_t count = min64(kTaps, p.kernel_w - j);
             const float* x = planes.at(c, 0) + i * p.dilation_h * planes.row() + j * p.dilation_w;
             float* to = sums + k * sums_k + (c * taps + i * p.kernel_w + j) * kWidth;
-            kGradients[filters - 1][count - 1](p, x, planes.row(), gradients + k * pixels, pixels, p.out_w, to, sums_k);
+            kGradients[filters - 1][count - 1](p, x, planes.row(), g + k * pixels, pixels, p.out_w, to, sums_k);
           }
   }
 }

@@ -48,6 +48,7 @@ void conv_weight_sum(const WeightSum& p, Range rows, Range panels);
 void winograd_gradient_tiles(const WinogradTiles& p, int64_t group, Range tiles);
 void winograd_gradient_output(int m, const float* sums, int64_t next, float* out, int64_t out_next, int64_t count);
 void depthwise_weight_sum(const DepthwiseWeightSum& p, Range blocks);
+void conv_spread(const ConvSpread& p, int64_t begin, int64_t end);
 void conv_planes(const ConvPlanes& p, int64_t image, Range rows);
 void conv_planes_gradient(const ConvPlanes& p, const void* dy, Range images, float* sums);
 void pack_winograd(const WinogradPack& p, int64_t begin, int64_t end);

@@ -26,6 +26,7 @@ const Kernels table = {
     .conv_depthwise = conv_depthwise,
     .conv_planes = conv_planes,
     .conv_planes_gradient = conv_planes_gradient,
+    .conv_spread = conv_spread,
     .conv_weight_sum = conv_weight_sum,
     .winograd_gradient_tiles = winograd_gradient_tiles,
     .winograd_gradient_output = winograd_gradient_output,

@@ -43,6 +43,8 @@ struct Kernels {
   // Rows of outputs of an image; the sums of lanes [n][c][tap][16] of the weight gradient, of some images.
   void (*conv_planes)(const ConvPlanes&, int64_t image, Range rows);
   void (*conv_planes_gradient)(const ConvPlanes&, const void* dy, Range images, float* sums);
+  // Rows (image, h) of outputs.
+  void (*conv_spread)(const ConvSpread&, int64_t begin, int64_t end);
   // Rows of n and panels of c.
   void (*conv_weight_sum)(const WeightSum&, Range rows, Range panels);
   // Tile i of the range comes to place i of the tiles.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def max_pool2d(input: Tensor, *args: Any) -> Tensor:
-    return F.max_pool2d(_exact(input), *args).to(input.dtype)
+    y: Tensor = F.max_pool2d(_exact(input), *args)
+    return y.to(input.dtype)
 
 
 def avg_pool2d(input: Tensor, *args: Any) -> Tensor:
@@ -22,4 +22,4 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
 
 
 def _exact(input: Tensor) -> Tensor:
-    return input.to(torch.float64, memory_format=torch.contiguous_format)
+    return input.double().contiguous()

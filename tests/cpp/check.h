@@ -103,5 +103,6 @@ void test_conv_direct(const Options&);
 void test_conv_planes(const Options&);
 void test_conv_weight_gradient(const Options&);
 void test_conv_winograd(const Options&);
+void test_pool(const Options&);
 
 }  // namespace pbm::test

@@ -17,8 +17,11 @@ from pybigmodel._torch_private import (
 from pybigmodel.nn._int8_image import IMAGES
 from pybigmodel.ops._checks import FLOAT_DTYPES
 from pybigmodel.ops._conv_geometry import is_channels_last
-from pybigmodel.ops.pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
+_ops = torch.ops.pybigmodel
+_max_pool2d_op = _ops.max_pool2d.default
+_avg_pool2d_op = _ops.avg_pool2d.default
+_adaptive_avg_pool2d_op = _ops.adaptive_avg_pool2d.default
 _TAKEN = frozenset(FLOAT_DTYPES)
 
 
@@ -33,13 +36,19 @@ class _Pool(nn.Module):
             return super().forward(input)
         if type(input) in IMAGES:
             return self._of_image(input)
-        return self._pooled(input) if _is_plain(input) else super().forward(input)
+        if not _is_plain(input):
+            return super().forward(input)
+        if input.dim() == 3:
+            return self._pooled(input.unsqueeze(0)).squeeze(0)
+        return self._pooled(input)
 
     def keep_layout(self) -> None:
         """Give images in the layout of the input, where `optimize` had them turned."""
         self._channels_last = None
 
     def _pooled(self, input: Tensor) -> Any:
+        """By the op. Its wrapper's checks are the op's or made here: they would cost as much as a
+        small pooling takes."""
         raise NotImplementedError
 
     def _of_image(self, input: Any) -> Any:
@@ -48,9 +57,11 @@ class _Pool(nn.Module):
 
     def _last(self, input: Tensor) -> bool:
         """The layout of the result."""
-        if input.dim() == 3:  # torch's rule for these: a batch of one
-            input = input.unsqueeze(0)
         return self._channels_last or is_channels_last(input)
+
+
+def _pair(value: Any) -> list[Any]:
+    return [value, value] if isinstance(value, int) or value is None else list(value)
 
 
 def _is_plain(input: Any) -> bool:
@@ -90,8 +101,9 @@ class MaxPool2d(_Pool, nn.MaxPool2d):
         return super().forward(input)
 
     def _pooled(self, input: Tensor) -> Tensor:
-        windows = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-        return max_pool2d(input, *windows, channels_last=self._last(input))
+        windows = (self.kernel_size, self.stride, self.padding, self.dilation)
+        y: Tensor = _max_pool2d_op(input, *map(_pair, windows), self.ceil_mode, self._last(input))
+        return y
 
     def _of_image(self, input: Any) -> Any:
         # With dilation a window may have no pixel: −∞, of which bytes know nothing.
@@ -105,9 +117,12 @@ class AvgPool2d(_Pool, nn.AvgPool2d):
     torch's own where :class:`MaxPool2d` says."""
 
     def _pooled(self, input: Tensor) -> Tensor:
-        windows = (self.kernel_size, self.stride, self.padding, self.ceil_mode)
-        divisor = (self.count_include_pad, self.divisor_override)
-        return avg_pool2d(input, *windows, *divisor, channels_last=self._last(input))
+        if self.divisor_override == 0:  # of the op's arguments it is none
+            raise RuntimeError("pybigmodel.nn.AvgPool2d: divisor_override must not be 0")
+        windows = map(_pair, (self.kernel_size, self.stride, self.padding))
+        counted = (self.ceil_mode, self.count_include_pad, self.divisor_override or 0)
+        y: Tensor = _avg_pool2d_op(input, *windows, *counted, self._last(input))
+        return y
 
 
 class AdaptiveAvgPool2d(_Pool, nn.AdaptiveAvgPool2d):
@@ -115,7 +130,12 @@ class AdaptiveAvgPool2d(_Pool, nn.AdaptiveAvgPool2d):
     in inference, torch's own where :class:`MaxPool2d` says."""
 
     def _pooled(self, input: Tensor) -> Tensor:
-        return adaptive_avg_pool2d(input, self.output_size, channels_last=self._last(input))
+        sizes: list[Any] = _pair(self.output_size)
+        if None in sizes:
+            axes = zip(sizes, input.shape[2:], strict=True)
+            sizes = [have if want is None else want for want, have in axes]
+        y: Tensor = _adaptive_avg_pool2d_op(input, sizes, self._last(input))
+        return y
 
 
 # By torch's class.

@@ -123,8 +123,13 @@ def test_copies_and_assigned_attributes() -> None:
 
 @pytest.mark.parametrize(
     "call",
-    [lambda x: pbm.nn.MaxPool2d(12)(x), lambda x: pbm.nn.AvgPool2d(2, padding=2)(x)],
+    [
+        lambda x: pbm.nn.MaxPool2d(12)(x),
+        lambda x: pbm.nn.AvgPool2d(2, padding=2)(x),
+        lambda x: pbm.nn.AvgPool2d(2, divisor_override=0)(x),
+    ],
 )
 def test_refusals(call: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(RuntimeError, match=r"pool2d: (the kernel reaches|padding must be)"):
+    said = r"(?i)pool2d: (the kernel reaches|padding must be|divisor_override must not be 0)"
+    with pytest.raises(RuntimeError, match=said):
         call(image())

@@ -29,6 +29,11 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("pack_int8_conv_weight(Tensor weight, int groups) -> Tensor");
   m.def("int8_conv(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, Tensor? residual, int[] window, int groups, int activation, float slope, float input_scale, int input_zero_point, float residual_scale, int residual_zero_point, float output_scale, int output_zero_point, bool channels_last) -> Tensor");
 
+  // --- pooling of (N, C, H, W): the greatest or the mean value of each window; padding: on both sides; divisor 0: the size of the window
+  m.def("max_pool2d(Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, bool channels_last) -> Tensor");
+  m.def("avg_pool2d(Tensor input, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad, int divisor, bool channels_last) -> Tensor");
+  m.def("adaptive_avg_pool2d(Tensor input, int[] output_size, bool channels_last) -> Tensor");
+
   // --- attention: softmax(scale·q·kᵀ + …)·v, its log-sum-exp, and the rows' maxima and sums for backward. window: negative is unbounded; precision: 0 fp32, 1 bf16
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision, bool for_backward) -> (Tensor, Tensor, Tensor)");
   m.def("attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? dropout_seed, int window_left, int window_right, bool bottom_right, float softcap, float dropout_p, float scale, int precision) -> (Tensor, Tensor, Tensor)");

@@ -12,11 +12,13 @@ from pybigmodel._measure import Trial, run_trials
 from pybigmodel._select import Candidate
 from pybigmodel._swap import OUR_INT8, replacement
 from pybigmodel.nn.conv import CONVOLUTIONS
+from pybigmodel.nn.pool import POOLS
 
 # Relative errors of a layer's output on example_inputs, above which something is wrong with the
 # replacement (fp32, bf16) or the layer does not bear int8: rounding alone gives 1e-6, 4e-3, 1e-2.
 MAX_ERROR = {"fp32": 1e-4, "bf16": 2e-2, "int8": 1e-1}
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(CONVOLUTIONS)
+_POOLS: tuple[type[nn.Module], ...] = tuple(POOLS)
 
 
 @dataclass
@@ -132,6 +134,8 @@ def why_rejected(trial: Trial, precision: str) -> str | None:
     if precision == "int8" and floating:
         precision = "fp32"
     low = dtype_of(trial.original) in (torch.bfloat16, torch.float16)
+    if isinstance(trial.original, _POOLS):  # which hold nothing that would say of which dtype
+        precision, low = "fp32", True
     bound = MAX_ERROR["bf16" if low and precision == "fp32" else precision]
     if not trial.error <= bound:
         return f"its error on example_inputs is {trial.error:.1e}, above {bound:.0e}"

@@ -17,6 +17,7 @@ from pybigmodel._console import OtherLoad
 from pybigmodel._swap import with_inner
 from pybigmodel.nn.conv import CONVOLUTIONS
 from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS
+from pybigmodel.nn.pool import POOLS
 from pybigmodel.testing.timers import interleave
 
 # Several shapes of one layer are timed (a decoder's prefill and steps, say), but not every length.
@@ -160,7 +161,7 @@ def _compare(trial: Trial, arguments: Arguments) -> None:
     except Exception as problem:  # a layer that cannot be replaced is not the end of the others
         trial.failure = f"the replacement fails on example_inputs: {problem}"
         return
-    of_one_kernel = isinstance(trial.original, (nn.Linear, *CONVOLUTIONS))
+    of_one_kernel = isinstance(trial.original, (nn.Linear, *CONVOLUTIONS, *POOLS))
     if of_one_kernel and got[0].device.type == "cpu" and got[0].numel():  # else no kernel ran
         trial.kernel = _native.last_kernel()
     for y, y0 in zip(got, expected, strict=True):
@@ -219,8 +220,8 @@ def _time(
 def _in_channels_last(
     candidate: nn.Module, arguments: Arguments, given: Sequence[Tensor]
 ) -> nn.Module:
-    """A convolution on its input as the others beside it will leave it: all but the first, which
-    gets the model's input."""
+    """A convolution or a pooling on its input as the others beside it will leave it: all but the
+    first, which gets the model's input."""
     (input, *_), _ = arguments if arguments[0] else ((None,), {})
     turns = getattr(candidate, "_channels_last", None) and not _is_given(arguments, given)
     return _Turned(candidate, input) if turns and isinstance(input, Tensor) else candidate

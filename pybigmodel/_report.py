@@ -23,7 +23,7 @@ class Row:
 
     path: str  # as in named_modules(); "" is the model itself
     layer: str
-    precision: str  # what its products are computed in
+    precision: str  # what its products are computed in; empty of a pooling
     replaced_by: str | None = None
     norm: str | None = None  # the path of what normalises its output, and is folded into it
     residual: bool = False  # whether one is added in the same pass

@@ -15,12 +15,20 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from pybigmodel._swap import BLOCKS, OUR_CONVOLUTIONS, OUR_INT8, OWN, float_precision
+from pybigmodel._swap import (
+    BLOCKS,
+    OUR_CONVOLUTIONS,
+    OUR_INT8,
+    OUR_POOLS,
+    OWN,
+    float_precision,
+)
 from pybigmodel._torch_private import has_kernel
 from pybigmodel.nn import Linear
 from pybigmodel.nn._activation import hooked
 from pybigmodel.nn.conv import CONVOLUTIONS
 from pybigmodel.nn.multihead_attention import WEIGHTS
+from pybigmodel.nn.pool import POOLS
 from pybigmodel.ops._attention_checks import MAX_HEAD_DIM
 from pybigmodel.ops._checks import FLOAT_DTYPES, MAX_INT8_K
 
@@ -34,8 +42,14 @@ _OPS = {
 _CONV_OPS = ("conv", "conv_packed", "pack_conv_weight")
 _INT8_CONV_OPS = ("int8_conv", "pack_int8_conv_weight")
 LANE_CHANNELS = 16  # of a group: fewer leave lanes of an int8 product idle
-_OURS: tuple[type[nn.Module], ...] = (Linear, *OUR_INT8, *BLOCKS.values(), *OUR_CONVOLUTIONS)
-_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *OUR_INT8, *BLOCKS, *CONVOLUTIONS)
+_OURS: tuple[type[nn.Module], ...] = (
+    Linear,
+    *OUR_INT8,
+    *BLOCKS.values(),
+    *OUR_CONVOLUTIONS,
+    *OUR_POOLS,
+)
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *OUR_INT8, *BLOCKS, *CONVOLUTIONS, *POOLS)
 # What torch.nn.TransformerEncoderLayer.forward reads without calling it, and how it is called here.
 _READ = {"linear1": "weight", "linear2": "weight", "self_attn": "weights"}
 
@@ -165,8 +179,8 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
         return "lazy: its size is not known before its first call"
     if is_parametrized(module):
         return "parametrized: its weight is computed anew at each call"
-    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear, *BLOCKS, *CONVOLUTIONS):
-        bases: tuple[type[nn.Module], ...] = (nn.Linear, *BLOCKS, *CONVOLUTIONS)
+    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear, *BLOCKS, *CONVOLUTIONS, *POOLS):
+        bases: tuple[type[nn.Module], ...] = (nn.Linear, *BLOCKS, *CONVOLUTIONS, *POOLS)
         base = next(base for base in bases if isinstance(module, base))
         return f"a subclass of torch.nn.{base.__name__}, {kind.__module__}.{kind.__qualname__}"
     if "forward" in vars(module):
@@ -176,7 +190,9 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
         return f"has an attribute {taken}, which is one of its replacement's"
     if isinstance(module, nn.MultiheadAttention):
         return _why_attention_left(module, precision, weights)
-    if kind in BLOCKS:
+    if kind in POOLS and getattr(module, "return_indices", False):
+        return "gives indices, which torch's alone does"
+    if kind in BLOCKS or kind in POOLS:
         return None
     if "weight" not in module._parameters or "bias" not in module._parameters:
         return "a hook computes its weight (weight_norm, spectral_norm, pruning)"

@@ -28,6 +28,7 @@ from pybigmodel.nn.conv import CONVOLUTIONS, STATE
 from pybigmodel.nn.int8_conv import INT8_CONVOLUTIONS, INT8_STATE
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.multihead_attention import WEIGHTS
+from pybigmodel.nn.pool import POOLS
 from pybigmodel.ops._checks import PANEL, ceil_div
 from pybigmodel.ops._conv_checks import packed_sizes
 from pybigmodel.ops._conv_geometry import ALGORITHMS, Geometry, exact_algorithm
@@ -58,6 +59,7 @@ _SHAPES = (
     "_reversed_padding_repeated_twice",
 )
 OUR_CONVOLUTIONS = tuple(CONVOLUTIONS.values())
+OUR_POOLS: tuple[type[nn.Module], ...] = tuple(POOLS.values())
 OUR_INT8: tuple[type[Int8Layer], ...] = (Int8Linear, *INT8_CONVOLUTIONS.values())
 
 
@@ -70,7 +72,8 @@ def replacement(
 ) -> nn.Module:
     """What the layer becomes, on the same Parameters, with `inner` for what it contains.
 
-    exact: convolutions without Winograd; channels_last: they give images in that layout.
+    exact: convolutions without Winograd; channels_last: they and poolings give images in that
+    layout.
 
     Raises:
         ValueError: NaN or infinity in a weight that is to be quantised.
@@ -94,6 +97,12 @@ def replacement(
             new._set_up(precision, "direct" if exact else "auto")
         # Of one axis torch knows no such layout, and what comes after would convert it.
         if channels_last and len(module.kernel_size) > 1:  # type: ignore[arg-type]
+            vars(new)["_channels_last"] = True
+        return new
+    if type(module) in POOLS:
+        new = with_inner(module, {})
+        new.__class__ = POOLS[type(module)]
+        if channels_last:
             vars(new)["_channels_last"] = True
         return new
     new = with_inner(module, inner)
@@ -158,7 +167,7 @@ def is_swapped(module: nn.Module) -> bool:
 def why_not_reverted(module: nn.Module) -> str | None:
     """Why `revert` cannot be: the class was changed since, as parametrizations do."""
     kind = type(module)
-    ours = (Linear, *OUR_INT8, *BLOCKS.values(), *OUR_CONVOLUTIONS)
+    ours = (Linear, *OUR_INT8, *BLOCKS.values(), *OUR_CONVOLUTIONS, *OUR_POOLS)
     if kind in ours or Fused in kind.__bases__:
         return None
     return (

@@ -29,9 +29,11 @@ from pybigmodel._swap import (
 from pybigmodel.nn import Int8Linear
 from pybigmodel.nn._int8_layer import Int8Layer
 from pybigmodel.nn.conv import CONVOLUTIONS
+from pybigmodel.nn.pool import POOLS
 
 Model = TypeVar("Model", bound=nn.Module)
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = tuple(CONVOLUTIONS)
+_POOLS: tuple[type[nn.Module], ...] = tuple(POOLS)
 
 _REPORT = "_pybigmodel_report"
 
@@ -48,7 +50,8 @@ def optimize(
     exact: bool = False,
     channels_last: bool = True,
 ) -> Model:
-    """The model with its linear layers, convolutions and attention on this library's kernels.
+    """The model with its linear layers, convolutions, poolings and attention on this library's
+    kernels.
 
     Every torch.nn.Linear becomes a :class:`pybigmodel.nn.Linear` ("fp32", "bf16") or a
     :class:`pybigmodel.nn.Int8Linear` with dynamic asymmetric activations ("int8"); every
@@ -57,7 +60,8 @@ def optimize(
     queries, keys and values and attention itself in the dtype that they have.) Every convolution
     becomes pybigmodel.nn's of that name, or in "int8" a :class:`pybigmodel.nn.Int8Conv2d` (1d, 3d),
     with dynamic activations or, with example_inputs, in the range that they have there; depthwise,
-    transposed and narrow grouped ones, which would not gain by it, stay floating. A relu, gelu or
+    transposed and narrow grouped ones, which would not gain by it, stay floating. MaxPool2d,
+    AvgPool2d and AdaptiveAvgPool2d become pybigmodel.nn's of that name. A relu, gelu or
     silu that follows a layer, in a Sequential or in the forward of a module as
     ``self.act(self.dense(x))``, is done with it in one pass where no gradient is wanted; so are,
     after a convolution, a BatchNorm in eval mode, whose factors are folded into the weight, a
@@ -75,7 +79,8 @@ def optimize(
             that the run does not call stay. Attention and transformer layers are tried as a whole,
             the outermost of them, and replaced as a whole. In "int8" it also says in which range
             the images of convolutions are, so it should be data of the kind that will come; what
-            convolutions give to none but other int8 convolutions stays in uint8.
+            convolutions give to none but other int8 convolutions, through a max pooling or not,
+            stays in uint8.
         include, exclude: name patterns (as "encoder.*.query"; * also matches dots), module types,
             or a sequence of both. A layer matches if it, or a module that contains it, does.
         inplace: False copies the model first (copy.deepcopy: its Parameters too, so that training
@@ -86,10 +91,10 @@ def optimize(
             gives the weights that int8 computed with.
         exact: convolutions sum products as they are, without Winograd
             (:class:`pybigmodel.nn.Conv2d`, algorithm="direct").
-        channels_last: whether convolutions of two and three axes give their images in that layout,
-            which the next takes as they are. A model that calls ``view`` on an image, as
-            ``x.view(len(x), -1)``, needs False: its shape is the same, its strides are not. With
-            example_inputs the new model is run once, and that is seen to.
+        channels_last: whether convolutions of two and three axes, and poolings, give their images
+            in that layout, which the next takes as they are. A model that calls ``view`` on an
+            image, as ``x.view(len(x), -1)``, needs False: its shape is the same, its strides are
+            not. With example_inputs the new model is run once, and that is seen to.
 
     Memory per weight of float32: 4 bytes and 4 more once a layer has run ("fp32"), 4 and 2
     ("bf16"), 1 and 4 for the original ("int8"). Floating convolutions: 4 and, for each algorithm
@@ -230,7 +235,10 @@ def _kept(row: Row, candidate: Candidate, precision: str) -> Row:
 
 
 def _precision_of(module: nn.Module, precision: str) -> str:
-    """What the products are computed in: bf16 weights always take bf16's, attention never int8."""
+    """What the products are computed in: bf16 weights always take bf16's, attention never int8,
+    and a pooling has none."""
+    if isinstance(module, _POOLS):
+        return ""
     if isinstance(module, nn.MultiheadAttention):
         precision = float_precision(precision)
     return "bf16" if precision == "fp32" and dtype_of(module) == torch.bfloat16 else precision
@@ -331,6 +339,8 @@ def _describe(module: nn.Module) -> str:
         return f"{name}({module.in_features}, {module.out_features})"
     if isinstance(module, (*_CONVOLUTIONS, *OUR_INT8)):
         return _describe_convolution(name, module)
+    if isinstance(module, _POOLS):
+        return f"{name}({module.extra_repr()})"
     if isinstance(module, nn.MultiheadAttention):
         return f"{name}({module.embed_dim}, {module.num_heads} heads)"
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):

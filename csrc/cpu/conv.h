@@ -21,6 +21,8 @@ struct ConvGeometry {
 // --- shapes: conv_shape.cpp
 
 std::string list_of(const int64_t* values, int64_t count);
+// `count` numbers from `least` on.
+void check_list(const char* op, const char* name, const Ints& list, int64_t count, int64_t least);
 void check_image(const char* op, const Tensor& input);
 void check_operands(const char* op, const Tensor& input, const Tensor& weight);
 void check_geometry(const char* op, int64_t axes, const Ints& kernel, const ConvGeometry& g);

@@ -10,7 +10,7 @@ std::string list_of(const int64_t* values, int64_t count) {
   return s.str();
 }
 
-static void check_list(const char* op, const char* name, const Ints& list, int64_t count, int64_t least) {
+void check_list(const char* op, const char* name, const Ints& list, int64_t count, int64_t least) {
   STD_TORCH_CHECK(static_cast<int64_t>(list.size()) == count, op, ": ", name, " must have ", count, " entries, got ",
                   list_of(list.data(), static_cast<int64_t>(list.size())));
   for (const int64_t value : list)  // so that no size overflows

@@ -13,6 +13,7 @@ from pybigmodel._graph.chains import Surroundings, find
 from pybigmodel._graph.layout import give_back_strides, may_be_turned
 from pybigmodel._graph.lower import Lowering
 from pybigmodel._graph.nodes import Conv, Options, nothing_dropped
+from pybigmodel._graph.pools import lower_pools
 from pybigmodel._graph.sequence import join
 from pybigmodel._graph.weights import Recipe, WithPacked
 from pybigmodel._graph.writes import Writes, is_transformed
@@ -118,6 +119,7 @@ def rewritten(
     lowering = Lowering(graph, around, turns)
     for chain in chains:
         lowering.lower(chain)
+    lower_pools(graph, lowering.turned)
     give_back_strides(graph, lowering.turned)
     graph.lint()
     return lowering.recipes, lowering.examples

@@ -44,7 +44,10 @@ _SIZES = frozenset(("size", "dim"))
 # Their result has the strides that their arguments say.
 _OURS = frozenset(
     getattr(torch.ops.pybigmodel, name).default
-    for name in ("conv", "conv_packed", "conv_cached", "linear", "linear_packed", "linear_cached")
+    for name in (
+        *("conv", "conv_packed", "conv_cached", "linear", "linear_packed", "linear_cached"),
+        *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+    )
 )
 
 
@@ -75,8 +78,13 @@ def give_back_strides(graph: Graph, turned: Iterable[Node]) -> None:
             with graph.inserting_before(node):
                 for image in images:
                     node.replace_input_with(image, _as_torchs(graph, image))
-        elif images and function_of(node) not in _OURS and isinstance(value_of(node), Tensor):
+        elif images and carries(node):
             other.add(node)
+
+
+def carries(node: Node) -> bool:
+    """Whether what it gives of an image that is turned may be turned too."""
+    return function_of(node) not in _OURS and isinstance(value_of(node), Tensor)
 
 
 def _is_free(node: Node) -> bool:

@@ -15,6 +15,7 @@ from pybigmodel.nn.int8_conv import Int8Conv1d, Int8Conv2d, Int8Conv3d
 from pybigmodel.nn.int8_linear import Int8Linear
 from pybigmodel.nn.linear import Linear
 from pybigmodel.nn.multihead_attention import MultiheadAttention
+from pybigmodel.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from pybigmodel.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -24,7 +25,9 @@ from pybigmodel.nn.transformer import (
 )
 
 __all__ = [
+    "AdaptiveAvgPool2d",
     "AdditiveAttention",
+    "AvgPool2d",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -39,6 +42,7 @@ __all__ = [
     "Int8Conv3d",
     "Int8Linear",
     "Linear",
+    "MaxPool2d",
     "MultiheadAttention",
     "Transformer",
     "TransformerDecoder",

@@ -1,8 +1,9 @@
 """Images in uint8 between int8 convolutions, and how it is found out which may be.
 
 What an int8 convolution gives may stay in uint8 where only other int8 convolutions take it, as
-their image or as a residual. It is a tensor of a class of its own, which such layers know, and
-which turns into floats for whoever else asks: a changed model is slower, not wrong.
+their image, through a max pooling or not, or as a residual. It is a tensor of a class of its own,
+which such layers know, and which turns into floats for whoever else asks: a changed model is
+slower, not wrong.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Image(Tensor):
         """For an int8 convolution: the tensor, its scale and zero point (a scale of 0: floats)."""
         raise NotImplementedError
 
+    def pooled(self, greatest: Callable[[Tensor], Tensor]) -> Tensor:
+        """By a pooling that gives some of the values: codes are in their order."""
+        raise NotImplementedError
+
 
 class Bytes(Image):
     """``scale·(codes − zero_point)``, float32 to all but int8 convolutions."""
@@ -56,6 +61,11 @@ class Bytes(Image):
         if self.floats is not None:  # which may have been changed in place
             return self.floats, NOT_QUANTISED
         return self.codes, self.quantiser
+
+    def pooled(self, greatest: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.floats is not None:
+            return greatest(self.floats)
+        return Bytes.of(greatest(self.codes), self.quantiser)
 
     def as_floats(self) -> Tensor:
         if self.floats is None:
@@ -81,9 +91,18 @@ class Seen(Image):
     recorder: Recorder
     producer: Any
 
+    @staticmethod
+    def of(plain: Tensor, recorder: Recorder, producer: Any) -> Seen:
+        image: Seen = _make_subclass(Seen, plain)
+        image.plain, image.recorder, image.producer = plain, recorder, producer
+        return image
+
     def taken(self) -> tuple[Tensor, tuple[float, int]]:
         self.recorder.taken.add(self.producer)
         return self.plain, NOT_QUANTISED
+
+    def pooled(self, greatest: Callable[[Tensor], Tensor]) -> Tensor:
+        return Seen.of(greatest(self.plain), self.recorder, self.producer)
 
     def by_others(self) -> Tensor:
         self.recorder.foreign.add(self.producer)
@@ -133,9 +152,7 @@ class Recorder:
         _widen(self._outputs, layer, y)
         if self._chains.setdefault(layer, chain) != chain:
             self.foreign.add(layer)
-        image: Seen = _make_subclass(Seen, y)
-        image.plain, image.recorder, image.producer = y, self, layer
-        return image
+        return Seen.of(y, self, layer)
 
     def left(self, output: Any) -> None:
         """What the model itself gives is for others."""

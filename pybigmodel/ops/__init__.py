@@ -26,13 +26,16 @@ from pybigmodel.ops.int8_linear import (
     quantize_weight,
 )
 from pybigmodel.ops.linear import linear, linear_packed, pack_linear_weight
+from pybigmodel.ops.pool import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
 __all__ = [
+    "adaptive_avg_pool2d",
     "additive_attention",
     "attention",
     "attention_append_",
     "attention_decode",
     "attention_varlen",
+    "avg_pool2d",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -47,6 +50,7 @@ __all__ = [
     "int8_weight_only_linear",
     "linear",
     "linear_packed",
+    "max_pool2d",
     "pack_conv_weight",
     "pack_int8_conv_weight",
     "pack_int8_linear_weight",

@@ -35,18 +35,25 @@ def precision_code(precision: str) -> int:
 
 def refuse_derivative(op: str, **tensors: Tensor | None) -> None:
     """For an op of inference while derivatives are recorded: none may silently end in it."""
-    family = op.removeprefix("int8_").partition("_")[0]
-    other = {"attention": "attention", "conv": "conv2d"}.get(family, "linear")
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     f"{op}: {name} requires grad, and this op has no gradient: call it under "
-                    f"torch.no_grad(), or detach the tensor; pybigmodel.ops.{other} is "
+                    f"torch.no_grad(), or detach the tensor; {_differentiable(op)} is "
                     "differentiable"
                 )
     if forward_ad._current_level >= 0:
         refuse_forward_mode(op, **tensors)
+
+
+def _differentiable(op: str) -> str:
+    """What to call instead."""
+    if "_pool" in op:
+        return f"torch.nn.functional.{op}"
+    family = op.removeprefix("int8_").partition("_")[0]
+    other = {"attention": "attention", "conv": "conv2d"}.get(family, "linear")
+    return f"pybigmodel.ops.{other}"
 
 
 class ForwardModeError(NotImplementedError):

@@ -104,5 +104,6 @@ void test_conv_planes(const Options&);
 void test_conv_spread(const Options&);
 void test_conv_weight_gradient(const Options&);
 void test_conv_winograd(const Options&);
+void test_pool(const Options&);
 
 }  // namespace pbm::test

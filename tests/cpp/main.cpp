@@ -30,7 +30,8 @@ int main(int argc, char** argv) {
                           {"conv_planes", test::test_conv_planes},
                           {"conv_spread", test::test_conv_spread},
                           {"conv_weight_gradient", test::test_conv_weight_gradient},
-                          {"conv_winograd", test::test_conv_winograd}};
+                          {"conv_winograd", test::test_conv_winograd},
+                          {"pool", test::test_pool}};
   test::Options options;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; i++) {

@@ -87,8 +87,8 @@ def layouts_in(code: str) -> list[bool]:
 
 @pytest.mark.parametrize(
     ("kind", "convolutions", "sequences", "linears", "kernels"),
-    # max_pool and mean; mean; embeddings, LayerNorms and the pooler's tanh.
-    [(resnet, 15, 1, 1, 2), (mobilenet, 52, 1, 1, 1), (bert, 0, 0, 14, None)],
+    # Of the last embeddings, LayerNorms and the pooler's tanh are left to inductor.
+    [(resnet, 15, 1, 1, 0), (mobilenet, 52, 1, 1, 0), (bert, 0, 0, 14, None)],
 )
 def test_models(
     kind: Any, convolutions: int, sequences: int, linears: int, kernels: int | None
@@ -104,7 +104,7 @@ def test_models(
     assert layouts_in(code) == [True] * convolutions
     assert code.count("torch.ops.pybigmodel.conv_sequence.default(") == sequences
     assert code.count("torch.ops.pybigmodel.linear_packed.default(") == linears
-    assert "convolution" not in code and "addmm" not in code
+    assert "convolution" not in code and "addmm" not in code and "aten.max_pool" not in code
     if kernels is not None:  # none reorders them between our layers
         assert len(set(re.findall(r"^cpp_fused\w+ = ", code, re.MULTILINE))) == kernels
 

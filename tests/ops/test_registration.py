@@ -47,6 +47,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "int8_weight_only_linear, bf16": (x3.to(half), packed, scale, None, None, 0),
         **conv_samples(),
         **int8_conv_samples(),
+        **pool_samples(),
         **attention_samples(),
         **decoding_samples(),
         **additive_samples(),
@@ -104,6 +105,23 @@ def conv_samples() -> dict[str, tuple[Any, ...]]:
         options = (*args[3:5], *args[6:], True, name != ", groups", name == "")
         samples[f"conv_transpose_backward{name}"] = (dy, *args[:2], *options)
     return samples
+
+
+def pool_samples() -> dict[str, tuple[Any, ...]]:
+    """Both layouts, every dtype."""
+    x = torch.randn(2, 20, 7, 6)
+    last, half = x.to(memory_format=torch.channels_last), x.bfloat16()
+    codes = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    uneven = ([3, 2], [2, 1], [1, 0])
+    return {
+        "max_pool2d": (last, *uneven, [1, 2], True, True),
+        "max_pool2d, planes": (x.half(), *uneven, [1, 1], False, False),
+        "max_pool2d, uint8": (codes, *uneven, [1, 1], False, True),
+        "avg_pool2d": (last, *uneven, True, False, 0, True),
+        "avg_pool2d, planes": (half, *uneven, False, True, 5, False),
+        "adaptive_avg_pool2d": (last, [1, 1], True),
+        "adaptive_avg_pool2d, planes": (half, [3, 4], False),
+    }
 
 
 def int8_conv_samples() -> dict[str, tuple[Any, ...]]:

@@ -20,9 +20,9 @@ from pybigmodel.nn import _int8_plan
 from pybigmodel.nn._conv_chain import convolved
 from pybigmodel.nn._int8_image import Bytes
 
-# Of each model, how many convolutions give uint8: all but what a pooling, a depthwise convolution
-# or the model itself takes.
-CONNECTED = {"resnet": 13, "resnet, basic": 9, "mobilenet": 17}
+# Of each model, how many convolutions give uint8: all but what the mean at its end, a depthwise
+# convolution or the model itself takes.
+CONNECTED = {"resnet": 14, "resnet, basic": 10, "mobilenet": 17}
 
 
 def optimized(model: nn.Module, x: Any) -> Any:
@@ -144,6 +144,65 @@ def test_what_others_take_stays_floating(case: str) -> None:
     with torch.no_grad():
         for y, y0 in zip(leaves(fast(x)), leaves(model(x)), strict=True):
             assert type(y) is Tensor and difference(y, y0)[0] < 3e-2
+
+
+class Pooled(nn.Module):
+    """Two convolutions with a pooling between."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act, self.pool = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), pool
+        self.second = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = self.act(y)
+        y = self.pool(y)
+        return self.second(y)
+
+
+# Whether bytes go through.
+POOLS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "max": (lambda: nn.MaxPool2d(3, 2, 1), True),
+    "max, ceil": (lambda: nn.MaxPool2d(2, ceil_mode=True), True),
+    "max, dilation": (lambda: nn.MaxPool2d(3, dilation=2), False),
+    "mean": (lambda: nn.AvgPool2d(2), False),
+    "all": (lambda: nn.AdaptiveAvgPool2d(3), False),
+}
+
+
+@pytest.mark.parametrize("case", POOLS)
+def test_bytes_go_through_a_max_pooling(case: str, ran: list[Any]) -> None:
+    make, through = POOLS[case]
+    torch.manual_seed(0)
+    model, x = Pooled(make()).eval(), image()
+    fast = optimized(model, x)
+    assert gives(fast) == {"first": "uint8" if through else None, "pool": None, "second": None}
+    ran.clear()
+    with torch.no_grad():
+        assert difference(fast(x), model(x))[0] < 3e-2
+        assert ran[0][2] == (torch.uint8 if through else torch.float32)
+        assert ran[1][0] == ran[0][2]
+        if through:  # the same codes as from the floats of the first
+            given = convolved(x, (fast.first, fast.act))
+            assert type(given) is Bytes and type(fast.pool(given)) is Bytes
+            exact = model.pool(given.as_floats())
+            again = convolved(x, (fast.first, fast.act))
+            assert torch.equal(fast.pool(again).as_floats(), exact)
+            assert torch.equal(fast.pool(given), exact)  # floats from then on
+
+
+def test_a_pooling_that_others_see_too_gets_floats() -> None:
+    torch.manual_seed(0)
+    model, x = Pooled(nn.MaxPool2d(2)).eval(), image()
+    for pool in (nn.Sequential(nn.MaxPool2d(2), nn.Tanh()), nn.Sequential(nn.MaxPool2d(2))):
+        model.pool = pool
+        fast = optimized(model, x)
+        assert gives(fast)["first"] == ("uint8" if len(pool) == 1 else None)
+        with torch.no_grad():
+            assert difference(fast(x), model(x))[0] < 3e-2
+            pbm.restore(fast.pool)  # torch's, that knows no bytes
+            assert difference(fast(x), model(x))[0] < 3e-2
 
 
 def test_what_says_nothing_of_the_values_may_be_asked() -> None:

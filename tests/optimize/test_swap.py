@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pybigmodel as pbm
 from pybigmodel._measure import difference
@@ -199,3 +199,42 @@ def test_in_float64_the_layer_and_the_way_back_are_named(kind, grad) -> None:
         with pytest.raises(RuntimeError, match=message):
             layer.double()(*arguments)
         pbm.restore(layer).double()(*arguments)
+
+
+# --- poolings -----------------------------------------------------------------------------------
+
+
+class Pools(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.greatest = nn.Conv2d(3, 16, 3, padding=1), nn.MaxPool2d(3, 2, 1)
+        self.mean, self.all = nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)
+        self.indices = nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mean(self.greatest(self.first(x)))
+        return self.all(self.indices(y)[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_poolings(precision: str) -> None:
+    model, x = Pools().eval(), torch.randn(2, 3, 17, 17)
+    fast = pbm.optimize(model, precision)
+    rows = {row.path: row for row in pbm.report(fast)}
+    assert rows["greatest"].replaced_by == "pybigmodel.nn.MaxPool2d"
+    assert rows["mean"].replaced_by == "pybigmodel.nn.AvgPool2d"
+    assert rows["all"].layer == "AdaptiveAvgPool2d(output_size=1)"
+    assert rows["indices"].left == "gives indices, which torch's alone does"
+    again = {row.path: row for row in pbm.report(pbm.optimize(fast, "bf16"))}
+    assert again["all"] == rows["all"]
+    with torch.no_grad():
+        assert fast.greatest(fast.first(x)).is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(fast(x), model(x), rtol=5e-2, atol=5e-2)
+        pbm.restore(fast)
+        assert (
+            type(fast.greatest) is nn.MaxPool2d
+            and vars(fast.mean).keys() == vars(model.mean).keys()
+        )
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    other = pbm.optimize(model, channels_last=False)
+    assert other.greatest(x).is_contiguous()

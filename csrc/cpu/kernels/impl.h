@@ -51,6 +51,7 @@ void depthwise_weight_sum(const DepthwiseWeightSum& p, Range blocks);
 void conv_spread(const ConvSpread& p, int64_t begin, int64_t end);
 void conv_planes(const ConvPlanes& p, int64_t image, Range rows);
 void conv_planes_gradient(const ConvPlanes& p, const void* dy, Range images, float* sums);
+void pool(const Pool& p, Range rows, Range channels);
 void pack_winograd(const WinogradPack& p, int64_t begin, int64_t end);
 void pack_b(const PackB& p, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRows& q, int64_t begin, int64_t end);

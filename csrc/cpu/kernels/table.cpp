@@ -33,6 +33,7 @@ const Kernels table = {
     .depthwise_weight_sum = depthwise_weight_sum,
     .conv_copy = conv_copy,
     .pack_winograd = pack_winograd,
+    .pool = pool,
 };
 
 }  // namespace pbm::PBM_TIER

@@ -8,6 +8,7 @@
 #include "cpu/kernels/brgemm.h"
 #include "cpu/kernels/conv.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/pool.h"
 #include "cpu/kernels/quantize.h"
 
 namespace pbm {
@@ -57,6 +58,8 @@ struct Kernels {
   void (*conv_copy)(const ConvCopy&, int64_t begin, int64_t end);
   // Panels [begin, end) of all groups.
   void (*pack_winograd)(const WinogradPack&, int64_t begin, int64_t end);
+  // Rows (batch, h) of outputs and some of their channels.
+  void (*pool)(const Pool&, Range rows, Range channels);
 };
 
 const Kernels& kernels();  // of active_isa()

@@ -1,0 +1,146 @@
+"""torch.nn's pooling of images on this library's kernels, in inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from pybigmodel._torch_private import (
+    dispatch_modes,
+    forward_ad,
+    jit_tracing_state,
+    transforms_active,
+)
+from pybigmodel.nn._int8_image import IMAGES
+from pybigmodel.ops._checks import FLOAT_DTYPES
+from pybigmodel.ops._conv_geometry import is_channels_last
+
+_ops = torch.ops.pybigmodel
+_max_pool2d_op = _ops.max_pool2d.default
+_avg_pool2d_op = _ops.avg_pool2d.default
+_adaptive_avg_pool2d_op = _ops.adaptive_avg_pool2d.default
+_TAKEN = frozenset(FLOAT_DTYPES)
+
+
+class _Pool(nn.Module):
+    """Before torch's class, which does what the ops do not: gradients, other tensors."""
+
+    # Whether images are given in that layout, as `optimize` has it; None: in the input's.
+    _channels_last: bool | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        if is_dynamo_compiling():  # which the backends compile as they like
+            return super().forward(input)
+        if type(input) in IMAGES:
+            return self._of_image(input)
+        if not _is_plain(input):
+            return super().forward(input)
+        if input.dim() == 3:
+            return self._pooled(input.unsqueeze(0)).squeeze(0)
+        return self._pooled(input)
+
+    def keep_layout(self) -> None:
+        """Give images in the layout of the input, where `optimize` had them turned."""
+        self._channels_last = None
+
+    def _pooled(self, input: Tensor) -> Any:
+        """By the op. Its wrapper's checks are the op's or made here: they would cost as much as a
+        small pooling takes."""
+        raise NotImplementedError
+
+    def _of_image(self, input: Any) -> Any:
+        """Of what one int8 convolution gives to others: as floats."""
+        return super().forward(input)
+
+    def _last(self, input: Tensor) -> bool:
+        """The layout of the result."""
+        return self._channels_last or is_channels_last(input)
+
+
+def _pair(value: Any) -> list[Any]:
+    return [value, value] if isinstance(value, int) or value is None else list(value)
+
+
+def _is_plain(input: Any) -> bool:
+    """Whether it is a tensor that the ops take, of which nothing is recorded."""
+    return (
+        type(input) is Tensor
+        and input.dtype in _TAKEN
+        and input.device.type == "cpu"
+        and input.layout is torch.strided
+        and input.dim() in (3, 4)
+        and not (torch.is_grad_enabled() and input.requires_grad)
+        and forward_ad._current_level < 0
+        and not transforms_active()
+        and dispatch_modes() == 0
+        and jit_tracing_state() is None
+    )
+
+
+class MaxPool2d(_Pool, nn.MaxPool2d):
+    """Drop-in for :class:`torch.nn.MaxPool2d`: :func:`pybigmodel.ops.max_pool2d` in inference.
+
+    Images of float32, bfloat16 and float16 on the CPU; a result of an int8 convolution that stays
+    in uint8 between layers (:func:`pybigmodel.optimize`) goes through in uint8. torch's own runs
+    where a gradient is recorded, where indices are wanted, under torch.compile, torch.func and
+    tracing, and for other dtypes, devices and kinds of tensors.
+
+    Args:
+        kernel_size, stride, padding, dilation, return_indices, ceil_mode: as torch's.
+
+    Raises:
+        RuntimeError: a geometry that leaves nothing, naming the argument.
+    """
+
+    def forward(self, input: Tensor) -> Any:
+        if self.return_indices:
+            return nn.MaxPool2d.forward(self, input)
+        return super().forward(input)
+
+    def _pooled(self, input: Tensor) -> Tensor:
+        windows = (self.kernel_size, self.stride, self.padding, self.dilation)
+        y: Tensor = _max_pool2d_op(input, *map(_pair, windows), self.ceil_mode, self._last(input))
+        return y
+
+    def _of_image(self, input: Any) -> Any:
+        # With dilation a window may have no pixel: −∞, of which bytes know nothing.
+        if self.dilation in (1, (1, 1), [1, 1]):
+            return input.pooled(self._pooled)
+        return super()._of_image(input)
+
+
+class AvgPool2d(_Pool, nn.AvgPool2d):
+    """Drop-in for :class:`torch.nn.AvgPool2d`: :func:`pybigmodel.ops.avg_pool2d` in inference,
+    torch's own where :class:`MaxPool2d` says."""
+
+    def _pooled(self, input: Tensor) -> Tensor:
+        if self.divisor_override == 0:  # of the op's arguments it is none
+            raise RuntimeError("pybigmodel.nn.AvgPool2d: divisor_override must not be 0")
+        windows = map(_pair, (self.kernel_size, self.stride, self.padding))
+        counted = (self.ceil_mode, self.count_include_pad, self.divisor_override or 0)
+        y: Tensor = _avg_pool2d_op(input, *windows, *counted, self._last(input))
+        return y
+
+
+class AdaptiveAvgPool2d(_Pool, nn.AdaptiveAvgPool2d):
+    """Drop-in for :class:`torch.nn.AdaptiveAvgPool2d`: :func:`pybigmodel.ops.adaptive_avg_pool2d`
+    in inference, torch's own where :class:`MaxPool2d` says."""
+
+    def _pooled(self, input: Tensor) -> Tensor:
+        sizes: list[Any] = _pair(self.output_size)
+        if None in sizes:
+            axes = zip(sizes, input.shape[2:], strict=True)
+            sizes = [have if want is None else want for want, have in axes]
+        y: Tensor = _adaptive_avg_pool2d_op(input, sizes, self._last(input))
+        return y
+
+
+# By torch's class.
+POOLS: dict[type[nn.Module], type[_Pool]] = {
+    nn.MaxPool2d: MaxPool2d,
+    nn.AvgPool2d: AvgPool2d,
+    nn.AdaptiveAvgPool2d: AdaptiveAvgPool2d,
+}

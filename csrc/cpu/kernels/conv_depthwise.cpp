@@ -100,7 +100,7 @@ struct Kernel {
 using StripsFn = void (*)(const Row&, int64_t w, int64_t count);
 struct Strips {
   StripsFn careful[kStrip];     // of one to eight outputs
-  StripsFn inner[kStrip];       // null: rows that have inner strips have long ones
+  StripsFn inner[kStrip];       // null: short strips are of short rows, whose few inner ones are careful too
 };
 template <class K, DType T>
 constexpr Strips kStrips = {

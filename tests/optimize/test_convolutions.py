@@ -582,6 +582,68 @@ def test_in_place_before_a_residual_is_seen() -> None:
         assert difference(fused(x), model(x))[0] < 1e-5
 
 
+class Beside(nn.Module):
+    """A convolution, and a shortcut that writes to what both are given."""
+
+    def __init__(self, *shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.shortcut = shortcut[0] if len(shortcut) == 1 else nn.Sequential(*shortcut)
+
+
+class BesideAChain(Beside):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        identity = self.shortcut(x)
+        out = out + identity
+        return out
+
+
+class BesideABlock(Beside):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        z = self.shortcut(x)
+        y = y + z
+        return y
+
+
+class BesideAnotherName(Beside):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        out = self.conv(out)
+        identity = self.shortcut(x)
+        out += identity
+        return out
+
+
+@pytest.mark.parametrize("block", [BesideAChain, BesideABlock, BesideAnotherName])
+def test_what_writes_to_the_image_is_not_passed(block: type[Beside]) -> None:
+    x = torch.randn(2, 8, 9, 9)
+    writing = (nn.ReLU(True),), (nn.ReLU(True), nn.Conv2d(8, 8, 1)), (nn.Identity(), nn.ReLU(True))
+    for shortcut in writing:
+        model = randomised(block(*shortcut))
+        fused = pbm.optimize(model)
+        assert not any(row.residual for row in pbm.report(fused))
+        with torch.no_grad():
+            assert difference(fused(x.clone()), model(x.clone()))[0] < 1e-5
+    reading = (
+        (nn.Conv2d(8, 8, 1),),
+        (nn.AvgPool2d(1), nn.ReLU(True)),
+        (nn.Identity(), nn.Identity()),
+    )
+    for shortcut in reading:
+        model = randomised(block(*shortcut))
+        fused = pbm.optimize(model)
+        assert sum(row.residual for row in pbm.report(fused)) == 1
+        with torch.no_grad():
+            assert difference(fused(x.clone()), model(x.clone()))[0] < 1e-5
+            # Looked at at every call.
+            for one in (model, fused):
+                one.shortcut = nn.ReLU(inplace=True)
+            assert difference(fused(x.clone()), model(x.clone()))[0] < 1e-5
+
+
 def test_what_stands_between_and_is_not_apart() -> None:
     class Used(nn.Module):
         def __init__(self) -> None:

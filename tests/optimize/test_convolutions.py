@@ -448,6 +448,45 @@ def test_layouts_that_the_model_needs_are_kept(
         pbm.optimize(model, example_inputs={"y": x})
 
 
+class Copying(nn.Module):
+    """Writes to what is a copy of an image unless that is in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.conv(x)
+        z = y.permute(0, 2, 3, 1).contiguous()
+        z.mul_(2)
+        x += 1  # what the next run must not see
+        return {"y": self.head(y), "noise": torch.rand(3)}
+
+
+def test_layouts_are_kept_where_results_would_be_others(
+    twice_as_fast: list[nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Copying(), image()
+    before = x.clone()
+    fused = pbm.optimize(model, example_inputs=x)
+    assert "since: in channels_last the model's results differ by" in caplog.text
+    assert type(fused.conv) is pbm.nn.Conv2d
+    with torch.no_grad():
+        assert difference(fused(before.clone())["y"], model(before.clone())["y"])[0] < 1e-5
+
+
+def test_checking_layouts_leaves_no_packed_weights_of_the_other(
+    twice_as_fast: list[nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    fused = pbm.optimize(wide(), example_inputs=torch.randn(2, 64, 16, 16))
+    layers = [layer for layer in fused.modules() if isinstance(layer, pbm.nn.Conv2d)]
+    assert layers and all(layer._channels_last for layer in layers)
+    for layer in layers:
+        copies = [chain._folded.copies for chain in layer._chains.values() if chain._folded]
+        assert len(layer._packed.copies) + sum(map(len, copies)) <= 1
+
+
 def test_layouts_may_be_left_as_they_are() -> None:
     model, x = Flat(), image()
     fused = pbm.optimize(model, channels_last=False)

@@ -14,7 +14,7 @@ from pybigmodel._connect import connect
 from pybigmodel._fuse import Fused, Taken, taken_in
 from pybigmodel._layouts import check_layouts
 from pybigmodel._measure import Trial, split_inputs
-from pybigmodel._report import Report, Row, log, log_rows
+from pybigmodel._report import Report, Row, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
 from pybigmodel._swap import (
     OUR_INT8,

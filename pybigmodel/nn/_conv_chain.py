@@ -23,6 +23,7 @@ from pybigmodel._torch_private import (
     forward_ad,
     hooked_everywhere,
     jit_tracing_state,
+    transforms_active,
 )
 from pybigmodel.nn._activation import activation_of, hooked
 from pybigmodel.nn._conv_fold import outliving
@@ -135,6 +136,7 @@ def _in_one(
         or autocast_enabled()
         or dispatch_modes()
         or jit_tracing_state() is not None
+        or transforms_active()  # batched tensors have no memory to watch, and uint8 would leak
         or forward_ad._current_level >= 0
     ):
         return None

@@ -43,7 +43,7 @@ class Cache(dict[Any, Any]):
 class Plan:
     """The arguments of ``conv_packed`` for inputs of one shape and layout."""
 
-    __slots__ = ("after", "before", "channels_last", "dtype", "key", "out_shape")
+    __slots__ = ("after", "before", "channels_last", "dtype", "key", "out_shape", "weight_shape")
 
     def __init__(
         self, layer: Any, input: Tensor, weight: Tensor, extra: Sequence[int] = ()
@@ -62,7 +62,7 @@ class Plan:
             *(list(input.shape), list(weight.shape), stride, padding, dilation, groups, bf16),
             *(layer._exact, self.channels_last),
         )
-        self.dtype = weight.dtype
+        self.dtype, self.weight_shape = weight.dtype, weight.shape
         self.key = ConvKey(groups, layer._precision, algorithm)
         self.before = (weight.shape[0], kernel)
         self.after = (stride, padding, dilation, groups)
@@ -209,7 +209,7 @@ def plan_for(layer: Any, x: Tensor, weight: Any, pad: Any) -> Any:
     if pad is not None:
         key = key, pad
     plan = layer._plans.get(key)
-    if plan is None or plan.dtype is not x.dtype:
+    if plan is None or plan.dtype is not x.dtype or plan.weight_shape != weight.shape:
         plan = _new_plan(layer, x, weight, pad, key)
     return plan
 

@@ -275,6 +275,29 @@ def test_changes_are_noticed(change: Any) -> None:
             assert before[0].shape != expected.shape or difference(before[0], expected)[0] > 1e-3
 
 
+def give_data(layer: Any, weight: Tensor) -> None:
+    layer.weight.data = weight
+
+
+def swap(layer: Any, weight: Tensor) -> None:
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(weight))
+
+
+@pytest.mark.parametrize("give", [give_data, swap])
+@pytest.mark.parametrize("shape", [(12, C, 3, 3), (4, C, 3, 3), (10, C, 1, 3), (10, C, 3, 1)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_another_shape_are_noticed(give: Any, shape: Any, fused: bool) -> None:
+    layer = pbm.nn.Conv2d(C, 10, 3, bias=False).eval()
+    call = pbm.nn.ConvBnAct2d(layer, None, nn.ReLU()).eval() if fused else layer
+    with torch.no_grad():
+        for batch in (1, 2, 1, 2):
+            call(x(batch))
+        give(layer, torch.randn(shape))
+        for batch in (3, 1, 2):  # the first of no known shape
+            expected = F.conv2d(x(batch), layer.weight)
+            assert_like(call(x(batch)), expected.relu() if fused else expected)
+
+
 def test_computed_weights() -> None:
     with torch.no_grad():
         for compute in (

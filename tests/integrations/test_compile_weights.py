@@ -336,6 +336,22 @@ def test_autocast(dtype: torch.dtype, grad: bool, graphs: list[Any]) -> None:
         assert [str(n.target) for n in graph.nodes].count(name) == 2
 
 
+LOW = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(("own", "autocast"), [LOW, LOW[::-1], LOW[:1] * 2])
+def test_convolutions_of_one_low_dtype_under_autocast_to_another(
+    own: torch.dtype, autocast: torch.dtype, graphs: list[Any]
+) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).eval(), image()
+    low = copy.deepcopy(model).to(own)
+    with torch.no_grad(), torch.autocast("cpu", dtype=autocast):
+        y = compiled(low)(x.to(own))
+        assert y.dtype == autocast
+        assert difference(y.float(), model(x).float())[0] < 2e-2
+    assert [str(n.target) for n in graphs[-1].nodes].count("pybigmodel.conv_packed.default") == 2
+
+
 def test_options(graphs: list[Any]) -> None:
     model, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 56, 56)
     with torch.no_grad():

@@ -568,3 +568,20 @@ def test_gradients_of_the_reference(geometry: Geometry) -> None:
 
     leaves = (case.inputs[0], case.weight, torch.randn(small.channels[1]).double())
     assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in leaves])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("groups", [1, 16])
+def test_a_large_output_is_that_of_its_parts(isa: str, groups: int) -> None:
+    """From 16 MiB on it is written past the caches."""
+    torch.manual_seed(0)
+    kernel = 1 if groups == 1 else 3
+    x, b = channels_last(torch.randn(2, 16, 380, 380)), torch.randn(16)
+    w = torch.randn(16, 16 // groups, kernel, kernel)
+    with force_isa(isa):
+        y, *parts = (
+            ops.conv2d(part, w, b, padding=kernel // 2, groups=groups, algorithm="auto")
+            for part in (x, x[:1], x[1:])
+        )
+    assert parts[0].numel() * 4 < 2**24 <= y.numel() * 4
+    assert torch.equal(y, torch.cat(parts))

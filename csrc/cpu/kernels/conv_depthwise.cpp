@@ -303,6 +303,7 @@ void conv_depthwise(const Depthwise& p, Range rows, Range blocks) {
         output.end(row, at, c, r.channels);
       }
     }
+  if (output.finish()->streams) streams_end();
 }
 
 }  // namespace pbm::PBM_TIER

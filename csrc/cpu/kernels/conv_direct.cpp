@@ -403,6 +403,7 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
       }
     }
   }
+  if (output.finish() && output.finish()->streams) streams_end();
 }
 
 }  // namespace pbm::PBM_TIER

@@ -21,6 +21,7 @@ struct Finish {
   float x_scale, residual_scale, out_inverse;
   int32_t x_zero, residual_zero, out_zero;
   int64_t sums_panel;
+  bool streams;  // the output goes past the caches
 };
 
 // Where a tile's first value is.
@@ -69,8 +70,11 @@ PBM_INLINE void finish_tile(const Finish& f, const FinishAt& at, Vec (&acc)[MR][
       y = with_residual(f, y, at.residual, i * f.residual_row + j * kWidth, n);
       y = vmin(high, vmax(low, y));  // NaN stays: the second operand
       const int64_t out = i * f.out_row + j * kWidth;
-      f.out_type == Operand::bf16 ? store16_n<DType::bf16>(at.out, out, y, n)
-                                  : store16_n<DType::f32>(at.out, out, y, n);
+      if (f.streams)
+        stream(reinterpret_cast<float*>(at.out) + out, y);
+      else
+        f.out_type == Operand::bf16 ? store16_n<DType::bf16>(at.out, out, y, n)
+                                    : store16_n<DType::f32>(at.out, out, y, n);
     }
   }
 }
@@ -151,6 +155,14 @@ inline Operand operand_of(DType t) {
   return t == DType::f32 ? Operand::f32 : t == DType::bf16 ? Operand::bf16 : t == DType::u8 ? Operand::u8 : Operand::none;
 }
 
+// Whether an output is more than caches keep, and whole cache lines: it is not read before it is written then.
+inline bool streams(const Gemm& g, const Conv& conv) {
+  constexpr int64_t kBytes = int64_t{16} << 20;
+  const int64_t pixels = conv.batch * conv.out[0] * conv.out[1] * conv.out[2];
+  return g.flavour != Flavour::u8s8 && g.c_dtype == DType::f32 && pixels * g.c_row * 4 >= kBytes &&
+         g.n % kWidth == 0 && g.c_row % kWidth == 0 && reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
+}
+
 // The epilogue of a group, if it is of the kind that is done here, and where its first value is.
 inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f, FinishAt* at) {
   if (!clamps(g.activation, &f->low, &f->high) || (g.bias && g.bias_dtype != DType::f32) ||
@@ -160,6 +172,7 @@ inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f, FinishAt* at) 
   f->out_type = operand_of(g.c_dtype);
   if (f->out_type == Operand::none || f->out_type == (integers ? Operand::bf16 : Operand::u8)) return false;
   f->out_row = g.c_row;
+  f->streams = streams(g, conv);
   f->residual_row = g.residual_row;
   f->residual_type = bytes ? Operand::f32 : f->out_type;
   if (integers && g.residual_scale != 0) f->residual_type = Operand::u8;

@@ -35,6 +35,9 @@ PBM_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 PBM_INLINE IVec iload(const void* p) { return {_mm512_loadu_si512(p)}; }
 PBM_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 PBM_INLINE void istore(void* p, IVec a) { _mm512_storeu_si512(p, a.v); }
+// To a whole cache line, past the caches; other threads see it after streams_end.
+PBM_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+PBM_INLINE void streams_end() { _mm_sfence(); }
 PBM_INLINE Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_mask(n), p)}; }
 PBM_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes_mask(n), a.v); }
 PBM_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -136,6 +139,11 @@ PBM_INLINE void istore(void* p, IVec a) {
   _mm256_storeu_si256(q, a.lo);
   _mm256_storeu_si256(q + 1, a.hi);
 }
+PBM_INLINE void stream(float* p, Vec a) {
+  _mm256_stream_ps(p, a.lo);
+  _mm256_stream_ps(p + 8, a.hi);
+}
+PBM_INLINE void streams_end() { _mm_sfence(); }
 PBM_INLINE Vec load_n(const float* p, int n) {
   return {_mm256_maskload_ps(p, tail_mask(n)), _mm256_maskload_ps(p + 8, tail_mask(n - 8))};
 }
@@ -286,6 +294,8 @@ PBM_INLINE IVec iload(const void* p) {
 }
 PBM_INLINE void store(float* p, Vec a) { std::memcpy(p, a.v, 64); }
 PBM_INLINE void istore(void* p, IVec a) { std::memcpy(p, a.v, 64); }
+PBM_INLINE void stream(float* p, Vec a) { store(p, a); }
+PBM_INLINE void streams_end() {}
 PBM_INLINE void store_n(float* p, Vec a, int n) { std::memcpy(p, a.v, n * 4); }
 PBM_INLINE Vec add(Vec a, Vec b){PBM_MAP(Vec, a.v[i] + b.v[i])} PBM_INLINE Vec
     sub(Vec a, Vec b){PBM_MAP(Vec, a.v[i] - b.v[i])} PBM_INLINE Vec

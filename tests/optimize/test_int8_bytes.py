@@ -394,3 +394,13 @@ def test_under_transforms_they_are_floats() -> None:
         between = torch.func.vmap(lambda x: fast[0](x).amax())(x[None])
         assert difference(between, model[0](x).amax()[None])[0] < 0.05
         assert difference(torch.func.vmap(fast)(x[None])[0], model(x))[0] < 0.05
+
+
+def test_a_pooling_of_images_behind_convolutions_of_lines() -> None:
+    """To a pooling of images (N, C, L) is an image without a batch, in bytes as in floats."""
+    layers = (nn.Conv1d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv1d(16, 32, 3))
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 16, 34)
+    fast = optimized(model, x)
+    assert gives(fast)["0"] == "uint8"
+    with torch.no_grad():
+        assert difference(fast(x), model(x))[0] < 0.05

@@ -220,7 +220,7 @@ class Chains(ast.NodeTransformer):
         takes: ast.expr = ast.Call(own_name("_takes"), [layer_tuple, added.after or none()], [])
         if groups:
             # By name: where they are not called, they need not be there.
-            alone = ast.Call(own_name("_leave_alone"), [ast.Constant(tuple(groups))], [])
+            alone = ast.Call(own_name("_leave_alone"), [ast.Constant(tuple(groups))], [])  # type: ignore[arg-type]
             takes = ast.BoolOp(ast.And(), [alone, takes])
         if added.where is not None:
             takes = ast.BoolOp(ast.And(), [added.where, takes])

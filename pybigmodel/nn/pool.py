@@ -37,7 +37,7 @@ class _Pool(nn.Module):
             return super().forward(input)
         if type(input) in IMAGES:
             return self._of_image(input)
-        if not _is_plain(input):
+        if not is_plain(input):
             return super().forward(input)
         return self._pooled(input)
 
@@ -80,7 +80,7 @@ def _pair(value: Any) -> list[Any]:
     return entries * 2 if len(entries) == 1 else entries
 
 
-def _is_plain(input: Any) -> bool:
+def is_plain(input: Any) -> bool:
     """Whether it is a tensor that the ops take, of which nothing is recorded."""
     return (
         type(input) is Tensor

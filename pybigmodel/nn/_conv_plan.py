@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from pybigmodel import _native
 from pybigmodel.nn._packing import ConvKey, cacheable, packed_for
 from pybigmodel.ops import _flops
+from pybigmodel.ops._checks import FLOAT_DTYPES
 from pybigmodel.ops._conv_geometry import AUTO, Geometry, exact_algorithm, sides
 from pybigmodel.ops._conv_geometry import is_channels_last as is_channels_last
 
@@ -24,6 +25,7 @@ conv_op = _ops.conv.default
 conv_packed_op = _ops.conv_packed.default
 conv_transpose_op = _ops.conv_transpose.default
 
+_PLANNED = (*FLOAT_DTYPES, torch.uint8)
 MOST = 64  # shapes for which a layer remembers what it does
 
 
@@ -215,6 +217,8 @@ def plan_for(layer: Any, x: Tensor, weight: Any, pad: Any) -> Any:
 
 
 def _new_plan(layer: Any, x: Tensor, weight: Any, pad: Any, key: Any) -> Any:
+    if x.dtype not in _PLANNED:  # the layer says why
+        return None
     extra = () if pad is None else _sides_of(pad, layer, x)
     if extra is None:
         return None

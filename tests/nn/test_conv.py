@@ -654,3 +654,9 @@ def test_conv_bn_act_refuses() -> None:
     ours, apart = block()
     with torch.no_grad():
         assert_like(ours(x(), residual), (apart(x()) + residual).relu())
+
+
+def test_float64_behind_a_norm_is_named() -> None:
+    ours, _ = block()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"nn.Conv2d does not compute in .*64"):
+        ours.double()(x().double())

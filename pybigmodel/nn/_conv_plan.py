@@ -6,8 +6,9 @@ The one place below pybigmodel.nn that knows the arguments of the convolution op
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ MOST = 64  # shapes for which a layer remembers what it does
 
 class Cache(dict[Any, Any]):
     """What a layer can make again: a copied or unpickled layer has none of it."""
+
+    take_turns = False  # whether keys that were let go came back
+
+    @cached_property
+    def gone(self) -> WeakSet[nn.Module]:
+        """Of keys that were let go."""
+        return WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         return Cache()

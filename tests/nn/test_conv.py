@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -660,3 +662,31 @@ def test_float64_behind_a_norm_is_named() -> None:
     ours, _ = block()
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"nn.Conv2d does not compute in .*64"):
         ours.double()(x().double())
+
+
+def test_exchanged_modules_are_freed() -> None:
+    convolution = pbm.nn.Conv2d(C, N, 3).eval()
+    chain = pbm.nn.ConvBnAct2d(convolution, nn.BatchNorm2d(N), nn.ReLU()).eval()
+    with torch.no_grad():
+        chain(x())
+        old = weakref.ref(chain.norm), weakref.ref(chain.activation)
+        chain.norm, chain.activation = randomised(nn.BatchNorm2d(N)).eval(), nn.SiLU()
+        chain(x())
+        gc.collect()
+        assert [one() for one in old] == [None, None]
+        assert_like(chain(x()), F.silu(chain.norm(convolution(x()))))
+
+
+def test_norms_that_take_turns_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution, folds = pbm.nn.Conv2d(C, N, 3).eval(), []
+    fold = type(convolution)._folded
+    monkeypatch.setattr(
+        type(convolution), "_folded", lambda *args: (folds.append(1), fold(*args))[1]
+    )
+    norms = [randomised(nn.BatchNorm2d(N)).eval() for _ in range(3)]
+    chains = [pbm.nn.ConvBnAct2d(convolution, norm, nn.ReLU()).eval() for norm in norms]
+    with torch.no_grad():
+        for _ in range(9):
+            for chain, norm in zip(chains, norms, strict=True):
+                assert_like(chain(x()), norm(convolution(x())).relu())
+    assert len(folds) <= 6

@@ -27,8 +27,8 @@ def backend(
     :func:`pybigmodel.optimize` makes them of modules, but found in the graph, whatever the code
     looks like; convolutions with nothing between them become one call, ``conv_sequence``. So do
     poolings of images in channels_last (max, mean, adaptive mean; a mean over both axes of an
-    image) become this library's. Inductor compiles what is left. Where gradients are recorded the same products are
-    ops of this library one by one, differentiated by its own kernels.
+    image) become this library's. Inductor compiles what is left. Where gradients are recorded the
+    same products are ops of this library one by one, differentiated by its own kernels.
 
     Weights may change: the packed copies are compared with what they were made of at every call,
     under the conditions of :class:`pybigmodel.nn.Linear`, and made again. They are there for each
@@ -44,8 +44,9 @@ def backend(
 
     Left to inductor: what is not on the CPU or in float32, bfloat16 or float16, transposed
     convolutions, images without a batch dimension, poolings in planes (N, C, H, W), with indices,
-    of one or three axes, of no pixels or where a gradient is recorded, attention (enter :func:`pybigmodel.sdpa`
-    around the call to have it), bodies of control flow and checkpoints, graphs of torch.func.
+    of one or three axes, of no pixels or where a gradient is recorded, attention (enter
+    :func:`pybigmodel.sdpa` around the call to have it), bodies of control flow and checkpoints,
+    graphs of torch.func.
 
     Args:
         graph, example_inputs: Dynamo's.

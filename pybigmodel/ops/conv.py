@@ -322,7 +322,7 @@ def pack_conv_weight(
       of channels together; O' and C' are the channels of a group;
     - "direct_rows": the same with the taps of a kernel's row side by side, for few channels;
     - "winograd2", "winograd4": (groups·⌈O'/16⌉, 16·C' or 36·C', 16) float32, transformed:
-      U = G g Gᵀ, computed in float64 and rounded once;
+      U = G g Gᵀ, computed in float32;
     - "depthwise": (⌈groups/16⌉, taps, 16) float32;
     - "planes": (⌈O/8⌉, C·taps, 8) float32, for few channels whose planes lie one by one.
 

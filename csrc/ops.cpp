@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(pybigmodel, m) {
   m.def("conv_sequence(Tensor[] tensors, int[] program, float[] slopes, int[] outputs) -> Tensor[]");
   m.def("conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int precision, int algorithm, bool channels_last) -> Tensor");
   m.def("conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int precision, int algorithm, bool channels_last, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  m.def("conv_transpose(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, int precision, bool channels_last) -> Tensor");
-  m.def("conv_transpose_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int precision, bool channels_last, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("conv_transpose(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, int precision, bool exact, bool channels_last) -> Tensor");
+  m.def("conv_transpose_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int precision, bool exact, bool channels_last, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
   // --- int8 convolution: act(w_scale·x_scale·Σ(q − zero_point)·w + bias + residual); window: kernel, stride, padding before and after, dilation, axis by axis; a scale of 0: of the input, one is found; of residual and output, these are float
   m.def("pack_int8_conv_weight(Tensor weight, int groups) -> Tensor");

@@ -149,7 +149,7 @@ ConvShape transposed_shape(const char* op, const Tensor& input, const Tensor& we
 
 Tensor conv_transpose(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
                       Ints padding, Ints output_padding, Ints dilation, int64_t groups, int64_t precision,
-                      bool channels_last) {
+                      bool exact, bool channels_last) {
   const char* op = "conv_transpose";
   const ConvGeometry g{stride, padding, dilation, groups};
   check_operands(op, input, weight);
@@ -170,13 +170,13 @@ Tensor conv_transpose(const Tensor& input, const Tensor& weight, const std::opti
   }
   const ConvShape s = transposed_shape(op, input, weight, g, out);
   check_bias(op, bias, s.c_all(), input);
-  return run_transposed(input, s, flavour_of(op, input, precision), filters_of(weight, s), false, bias, channels_last);
+  return run_transposed(input, s, flavour_of(op, input, precision), filters_of(weight, s), exact, bias, channels_last);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_output, const Tensor& input,
                                                            const Tensor& weight, Ints stride, Ints padding,
                                                            Ints dilation, int64_t groups, int64_t precision,
-                                                           bool channels_last, bool need_input, bool need_weight,
+                                                           bool exact, bool channels_last, bool need_input, bool need_weight,
                                                            bool need_bias) {
   const char* op = "conv_transpose_backward";
   const ConvGeometry g{stride, padding, dilation, groups};
@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_ou
     s.pad_end[i] -= beyond * s.stride[i];
   }
   const Flavour flavour = flavour_of(op, input, precision);
-  const ConvAlgorithm chosen = choose_conv(s, flavour, false, !channels_last);
+  const ConvAlgorithm chosen = choose_conv(s, flavour, exact, !channels_last);
   const auto grad_input = [&] {
     const Tensor packed = pack_filters(s, flavour, chosen, filters_of(weight, s));
     return run_conv(grad_output, s, flavour, chosen, packed, {}, channels_last);

@@ -1,4 +1,6 @@
 // Convolutions one after another in one call: what a call costs is paid once, and what is between them stays here.
+#include <numeric>
+
 #include "cpu/conv.h"
 
 namespace pbm {
@@ -46,14 +48,16 @@ std::vector<Tensor> conv_sequence(std::vector<Tensor> tensors, Ints program, std
   const std::vector<Step> steps = steps_of(program, places);
   STD_TORCH_CHECK(slopes.size() == steps.size(), kOp, ": slopes must have one entry a step, ", steps.size(), ", got ",
                   slopes.size());
-  // Which step is the last to read a result; those that are given are kept.
-  std::vector<size_t> last(steps.size(), 0);
+  // Which step is the last to read a result, its own where none does; those that are given are kept.
+  std::vector<size_t> last(steps.size());
+  std::iota(last.begin(), last.end(), size_t{0});
   for (size_t i = 0; i < steps.size(); i++)
     for (const int64_t place : {steps[i].input, steps[i].weight, steps[i].bias, steps[i].residual})
       if (place >= places) last[static_cast<size_t>(place - places)] = i;
   for (const int64_t step : outputs) {
     STD_TORCH_CHECK(step >= 0 && step < static_cast<int64_t>(steps.size()), kOp, ": outputs must be in [0, ",
                     steps.size(), "), got ", step);
+    STD_TORCH_CHECK(last[static_cast<size_t>(step)] != steps.size(), kOp, ": outputs must differ, got ", step, " twice");
     last[static_cast<size_t>(step)] = steps.size();
   }
   std::vector<std::optional<Tensor>> at(tensors.begin(), tensors.end());

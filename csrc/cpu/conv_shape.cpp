@@ -29,6 +29,8 @@ void check_operands(const char* op, const Tensor& input, const Tensor& weight) {
 void check_image(const char* op, const Tensor& input) {
   STD_TORCH_CHECK(input.dim() >= 3 && input.dim() <= 5, op,
                   ": input must have 3, 4 or 5 dimensions (N, C, spatial), got shape ", shape_of(input));
+  for (int64_t axis = 2; axis < input.dim(); axis++)
+    STD_TORCH_CHECK(input.size(axis) > 0, op, ": input must have pixels, got shape ", shape_of(input));
 }
 
 void check_geometry(const char* op, int64_t axes, const Ints& kernel, const ConvGeometry& g) {
@@ -80,6 +82,7 @@ ConvShape shape_of_weight(const char* op, const Tensor& weight, int64_t groups) 
   for (int i = 0; i < 3; i++) {
     const int64_t axis = axis_of(weight.dim(), i);
     s.kernel[i] = axis < 0 ? 1 : weight.size(axis);
+    STD_TORCH_CHECK(s.kernel[i] > 0, op, ": weight must have taps, got shape ", shape_of(weight));
     s.stride[i] = s.dilation[i] = s.in[i] = 1;
   }
   return s;

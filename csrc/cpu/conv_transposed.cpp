@@ -1,4 +1,6 @@
 // Transposed convolutions: convolutions turned around, or one grid for each remainder of the outputs by the strides.
+#include <algorithm>
+
 #include "cpu/conv_run.h"
 
 namespace pbm {
@@ -18,12 +20,14 @@ struct Phase {
   }
 };
 
-// Each remainder of the outputs by the strides.
+// Each remainder of the outputs by the strides that there is.
 template <class F>
 void over_phases(const ConvShape& s, const F& f) {
-  for (int64_t d = 0; d < s.stride[0]; d++)
-    for (int64_t h = 0; h < s.stride[1]; h++)
-      for (int64_t w = 0; w < s.stride[2]; w++) {
+  int64_t count[3];
+  for (int axis = 0; axis < 3; axis++) count[axis] = std::min<int64_t>(s.stride[axis], s.in[axis]);
+  for (int64_t d = 0; d < count[0]; d++)
+    for (int64_t h = 0; h < count[1]; h++)
+      for (int64_t w = 0; w < count[2]; w++) {
         const int64_t first[3] = {d, h, w};
         const Phase phases[3] = {{s, 0, d}, {s, 1, h}, {s, 2, w}};
         f(first, phases);

@@ -1,4 +1,5 @@
 // The gradient of a convolution's weight.
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/conv.h"
@@ -51,6 +52,15 @@ void write_filters(const ConvShape& s, const std::vector<float>& filters, const 
 // rounding error is that of so many terms.
 constexpr int64_t kPixelsAtOnce = 256;
 
+// f(rows, w) of whole rows of outputs, or of pieces of one.
+template <class F>
+void over_pieces(const ConvShape& s, Range rows, const F& f) {
+  const int64_t width = s.out(2), at_once = width < kPixelsAtOnce ? kPixelsAtOnce / width : 1;
+  for (int64_t row = rows.begin; row < rows.end; row += at_once)
+    for (int64_t w = 0; w < width; w += kPixelsAtOnce)
+      f(Range{row, std::min<int64_t>(row + at_once, rows.end)}, Range{w, std::min<int64_t>(w + kPixelsAtOnce, width)});
+}
+
 // Outputs w that tap `at` (its distance from the output's first input) sees inside of a row.
 Range seen(const ConvShape& s, int axis, int64_t at) {
   const int64_t first = at < 0 ? ceil_div(-at, s.stride[axis]) : 0;
@@ -63,13 +73,14 @@ struct Images {
   ConvImage dy_image, x_image;
 };
 
-// The stretches of outputs (image, d, h) from `row` to `end` that tap t sees.
-void stretches_of(const ConvShape& s, const Images& images, int64_t t, Range rows,
+// The stretches of outputs w of some rows (image, d, h) that tap t sees.
+void stretches_of(const ConvShape& s, const Images& images, int64_t t, Range rows, Range w,
                   std::vector<WeightSum::Stretch>* stretches) {
   const int64_t tap[3] = {t / (s.kernel[1] * s.kernel[2]), t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
   int64_t at[3];
   for (int axis = 0; axis < 3; axis++) at[axis] = tap[axis] * s.dilation[axis] - s.pad[axis];
-  const Range d_seen = seen(s, 0, at[0]), h_seen = seen(s, 1, at[1]), w_seen = seen(s, 2, at[2]);
+  const Range d_seen = seen(s, 0, at[0]), h_seen = seen(s, 1, at[1]), all = seen(s, 2, at[2]);
+  const Range w_seen = {std::max<int64_t>(all.begin, w.begin), std::min<int64_t>(all.end, w.end)};
   stretches->clear();
   if (w_seen.begin >= w_seen.end) return;
   for (int64_t row = rows.begin; row < rows.end; row++) {
@@ -112,7 +123,6 @@ Images images_of(const ConvShape& s, const ImageView& x, const ImageView& dy, in
 
 void taps_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
   const int64_t sum_row = ceil_div(s.c, kPanel) * kPanel, sum_tap = s.n * sum_row, rows = s.batch * s.out(0) * s.out(1);
-  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
   for (int64_t group = 0; group < s.groups; group++) {
     const Images images = images_of(s, x, dy, group);
     const Tensor sums = zeroed(s.taps() * sum_tap);
@@ -120,9 +130,9 @@ void taps_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, 
     over_threads([&](int64_t threads, int64_t i) {
       const Cut cut(s, threads, i);
       std::vector<WeightSum::Stretch> stretches;
-      for (int64_t row = 0; row < rows; row += rows_at_once)
+      over_pieces(s, {0, rows}, [&](Range some, Range w) {
         for (int64_t t = cut.taps.begin; t < cut.taps.end; t++) {
-          stretches_of(s, images, t, {row, row + rows_at_once < rows ? row + rows_at_once : rows}, &stretches);
+          stretches_of(s, images, t, some, w, &stretches);
           const WeightSum p{stretches.data(),
                             static_cast<int64_t>(stretches.size()),
                             dy.image.stride[2],
@@ -132,6 +142,7 @@ void taps_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, 
                             sum_row};
           if (p.count) kernels().conv_weight_sum(p, cut.n, cut.panels);
         }
+      });
     });
     write_weight(s, {sum, sum_tap, sum_row}, group, out);
   }
@@ -188,7 +199,6 @@ void winograd_gradient(const ConvShape& s, const ImageView& x, const ImageView& 
 // Images of few channels: what an output sees, taps and channels side by side, is one row of a matrix.
 void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
   const int64_t columns = ceil_div(s.taps() * s.c, kPanel) * kPanel, rows = s.batch * s.out(0) * s.out(1);
-  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
   const float *image_data = static_cast<const float*>(x.image.data),
               *dy_data = static_cast<const float*>(dy.image.data);
   const int64_t threads = torch::stable::get_num_threads(), sum_floats = s.n * columns;
@@ -213,17 +223,19 @@ void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& d
   };
   // Each thread its rows, and its sums.
   over_threads([&](int64_t all, int64_t i) {
-    const Range mine = part(rows, 1, all, i);
-    std::vector<float> patches(static_cast<size_t>(rows_at_once * s.out(2) * columns));
+    std::vector<float> patches;
     std::vector<WeightSum::Stretch> stretches;
-    for (int64_t row = mine.begin; row < mine.end; row += rows_at_once) {
+    over_pieces(s, part(rows, 1, all, i), [&](Range some, Range w) {
+      const int64_t width = w.end - w.begin;
+      patches.resize(static_cast<size_t>((some.end - some.begin) * width * columns));
       stretches.clear();
-      for (int64_t r = row; r < mine.end && r < row + rows_at_once; r++) {
-        float* patch = patches.data() + (r - row) * s.out(2) * columns;
-        for (int64_t w = 0; w < s.out(2); w++) fill_patch(r, w, patch + w * columns);
+      for (int64_t r = some.begin; r < some.end; r++) {
+        float* patch = patches.data() + (r - some.begin) * width * columns;
+        for (int64_t at = w.begin; at < w.end; at++) fill_patch(r, at, patch + (at - w.begin) * columns);
         const int64_t h = r % s.out(1), d = r / s.out(1) % s.out(0), image = r / (s.out(1) * s.out(0));
-        stretches.push_back({dy_data + image * dy.image.batch_stride + d * dy.image.stride[0] + h * dy.image.stride[1],
-                             patch, s.out(2)});
+        stretches.push_back({dy_data + image * dy.image.batch_stride + d * dy.image.stride[0] + h * dy.image.stride[1] +
+                                 w.begin * dy.image.stride[2],
+                             patch, width});
       }
       const WeightSum p{stretches.data(),
                         static_cast<int64_t>(stretches.size()),
@@ -233,7 +245,7 @@ void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& d
                         sum + i * sum_floats,
                         columns};
       kernels().conv_weight_sum(p, {0, s.n}, {0, columns / kPanel});
-    }
+    });
   });
   for (int64_t i = 1; i < threads; i++)
     for (int64_t k = 0; k < sum_floats; k++) sum[k] += sum[i * sum_floats + k];
@@ -245,7 +257,6 @@ void patches_gradient(const ConvShape& s, const ImageView& x, const ImageView& d
 void runs_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, const Tensor& out) {
   const int64_t run = s.kernel[2] * s.c, columns = ceil_div(run, kPanel) * kPanel, runs = s.kernel[0] * s.kernel[1];
   const int64_t rows = s.batch * s.out(0) * s.out(1), sum_run = s.n * columns;
-  const int64_t rows_at_once = s.out(2) < kPixelsAtOnce ? kPixelsAtOnce / s.out(2) : 1;
   const int64_t threads = torch::stable::get_num_threads(), all = runs * sum_run;
   const Tensor sums = zeroed(threads * all);
   float* sum = static_cast<float*>(sums.mutable_data_ptr());
@@ -254,12 +265,10 @@ void runs_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, 
   padded.pad[2] = padded.pad_end[2] = 0;
   const Images images = images_of(s, x, dy, 0);
   over_threads([&](int64_t parts, int64_t i) {
-    const Range mine = part(rows, 1, parts, i);
     std::vector<WeightSum::Stretch> stretches;
-    for (int64_t row = mine.begin; row < mine.end; row += rows_at_once)
+    over_pieces(s, part(rows, 1, parts, i), [&](Range some, Range w) {
       for (int64_t r = 0; r < runs; r++) {
-        const int64_t end = row + rows_at_once < mine.end ? row + rows_at_once : mine.end;
-        stretches_of(padded, images, r * s.kernel[2], {row, end}, &stretches);
+        stretches_of(padded, images, r * s.kernel[2], some, w, &stretches);
         const WeightSum p{stretches.data(),
                           static_cast<int64_t>(stretches.size()),
                           dy.image.stride[2],
@@ -269,6 +278,7 @@ void runs_gradient(const ConvShape& s, const ImageView& x, const ImageView& dy, 
                           columns};
         if (p.count) kernels().conv_weight_sum(p, {0, s.n}, {0, columns / kPanel});
       }
+    });
   });
   std::vector<float> filters(static_cast<size_t>(s.n * s.c * s.taps()));
   for (int64_t k = 0; k < s.n; k++)

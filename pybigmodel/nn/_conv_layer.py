@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from pybigmodel.ops._common import (
     no_kernel,
     precision_code,
 )
+from pybigmodel.ops._conv_geometry import LayerAlgorithm, is_exact
 
-LayerAlgorithm: TypeAlias = Literal["auto", "direct"]
 _is_grad_enabled = torch.is_grad_enabled
 _MISSING = object()
 # What a plan depends on, beside the input's shape and the weight's.
@@ -65,7 +65,7 @@ class ConvLayer(nn.Module):
             _plans=Cache(),
             _chains=Cache(),
             _precision=precision_code(precision),
-            _exact=_is_exact(algorithm),
+            _exact=is_exact(algorithm),
             _channels_last=None,
         )
 
@@ -122,7 +122,7 @@ class ConvLayer(nn.Module):
 
     @algorithm.setter
     def algorithm(self, value: str) -> None:
-        self._exact = _is_exact(value)
+        self._exact = is_exact(value)
         self._forget_plans()
 
     def forget_packed(self) -> None:
@@ -195,9 +195,3 @@ def are_channels_last(input: Tensor, weight: Tensor) -> bool:
         return False
     fits = input.dim() == weight.dim()
     return (fits and is_channels_last(input)) or is_channels_last(weight)
-
-
-def _is_exact(algorithm: str) -> bool:
-    if algorithm not in ("auto", "direct"):
-        raise ValueError(f"algorithm must be 'auto' or 'direct'; got {algorithm!r}")
-    return algorithm == "direct"

@@ -238,7 +238,7 @@ class _ConvTranspose(ConvLayer):
             y: Tensor = conv_transpose_op(
                 *(input.unsqueeze(0) if single else input, weight, bias, list(self.stride)),
                 *(padding_of(self), list(more), list(self.dilation), self.groups),
-                *(self._precision, channels_last),
+                *(self._precision, self._exact, channels_last),
             )
         except (NotImplementedError, RuntimeError) as error:
             named = self._named(error, input=input, weight=weight, bias=bias)

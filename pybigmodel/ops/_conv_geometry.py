@@ -12,6 +12,7 @@ Ints: TypeAlias = int | Sequence[int]
 # Of an axis: as much on either side, or (before, after).
 Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
 ConvAlgorithm: TypeAlias = Literal["auto", "direct", "winograd2", "winograd4", "depthwise"]
+LayerAlgorithm: TypeAlias = Literal["auto", "direct"]
 # One kernel and one packed layout each; what "direct" above chooses from is all but Winograd.
 PackedAlgorithm: TypeAlias = Literal[
     "direct", "direct_rows", "winograd2", "winograd4", "depthwise", "planes"
@@ -28,6 +29,15 @@ ALGORITHMS: dict[PackedAlgorithm, int] = {
     "planes": 6,
 }
 WINOGRAD = (ALGORITHMS["winograd2"], ALGORITHMS["winograd4"])
+
+
+def is_exact(algorithm: str) -> bool:
+    """Of the names that a layer and a transposed convolution take."""
+    if algorithm not in ("auto", "direct"):
+        raise ValueError(f"algorithm must be 'auto' or 'direct'; got {algorithm!r}")
+    return algorithm == "direct"
+
+
 LANES = 16  # of a register of floats; fewer channels leave some of them idle
 
 

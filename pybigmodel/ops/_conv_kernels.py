@@ -248,6 +248,7 @@ def _conv_transpose_fake(
     dilation: Sequence[int],
     groups: int,
     precision: int,
+    exact: bool,
     channels_last: bool,
 ) -> Tensor:
     op = "conv_transpose"
@@ -268,6 +269,7 @@ def _conv_transpose_backward_fake(
     dilation: Sequence[int],
     groups: int,
     precision: int,
+    exact: bool,
     channels_last: bool,
     need_input: bool,
     need_weight: bool,

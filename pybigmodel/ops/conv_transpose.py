@@ -11,8 +11,10 @@ from pybigmodel.ops import _conv_kernels as _conv_kernels
 from pybigmodel.ops._common import Precision, precision_code, refuse_forward_mode
 from pybigmodel.ops._conv_geometry import (
     Ints,
+    LayerAlgorithm,
     Padding,
     batched,
+    is_exact,
     per_axis,
     sides,
     wants_channels_last,
@@ -32,6 +34,7 @@ def conv_transpose2d(
     dilation: Ints = 1,
     *,
     precision: Precision = "fp32",
+    algorithm: LayerAlgorithm = "auto",
 ) -> Tensor:
     """Transposed convolution with the weight as torch stores it; differentiable.
 
@@ -57,6 +60,7 @@ def conv_transpose2d(
         dilation: an int, or one an axis; at least 1.
         precision: "fp32", or "bf16": products of operands rounded to bfloat16, summed in fp32.
             bfloat16 tensors always take the latter.
+        algorithm: "auto", or "direct": no Winograd, in its gradients neither (docs/numerics.md).
 
     Returns:
         (N, O, H', W') or (O, H', W'), H' = (H − 1)·stride − pad before − pad after +
@@ -70,12 +74,12 @@ def conv_transpose2d(
     Raises:
         RuntimeError: a wrong dtype, shape or device, naming the argument; a second derivative.
         NotImplementedError: a forward-mode derivative.
-        ValueError: an unknown precision, or a geometry of another form.
+        ValueError: an unknown precision or algorithm, or a geometry of another form.
 
     Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016.
     """
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose("conv_transpose2d", 2, input, weight, bias, geometry, precision)
+    options = (stride, padding, output_padding, groups, dilation), precision, algorithm
+    return _conv_transpose("conv_transpose2d", 2, input, weight, bias, *options)
 
 
 def conv_transpose1d(
@@ -89,11 +93,12 @@ def conv_transpose1d(
     dilation: Ints = 1,
     *,
     precision: Precision = "fp32",
+    algorithm: LayerAlgorithm = "auto",
 ) -> Tensor:
     """:func:`conv_transpose2d` with one spatial axis: input (N, C, L) or (C, L), weight
     (C, O / groups, K)."""
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose("conv_transpose1d", 1, input, weight, bias, geometry, precision)
+    options = (stride, padding, output_padding, groups, dilation), precision, algorithm
+    return _conv_transpose("conv_transpose1d", 1, input, weight, bias, *options)
 
 
 def conv_transpose3d(
@@ -107,11 +112,12 @@ def conv_transpose3d(
     dilation: Ints = 1,
     *,
     precision: Precision = "fp32",
+    algorithm: LayerAlgorithm = "auto",
 ) -> Tensor:
     """:func:`conv_transpose2d` with three spatial axes: input (N, C, D, H, W) or (C, D, H, W),
     weight (C, O / groups, kernel depth, height, width)."""
-    geometry = (stride, padding, output_padding, groups, dilation)
-    return _conv_transpose("conv_transpose3d", 3, input, weight, bias, geometry, precision)
+    options = (stride, padding, output_padding, groups, dilation), precision, algorithm
+    return _conv_transpose("conv_transpose3d", 3, input, weight, bias, *options)
 
 
 def _conv_transpose(
@@ -122,6 +128,7 @@ def _conv_transpose(
     bias: Tensor | None,
     geometry: tuple[Ints, Padding, Ints, int, Ints],
     precision: Precision,
+    algorithm: LayerAlgorithm,
 ) -> Tensor:
     stride, padding, output_padding, groups, dilation = geometry
     if forward_ad._current_level >= 0:
@@ -137,6 +144,7 @@ def _conv_transpose(
         per_axis(op, "dilation", dilation, axes),
         groups,
         precision_code(precision),
+        is_exact(algorithm),
         wants_channels_last(x, weight),
     )
     y: Tensor

@@ -128,7 +128,7 @@ void check_cut(const char* what, Grid grid, int64_t rows, int64_t panels, int64_
 void test_cuts(Rng& rng) {
   const int64_t threads = rng.between(1, 40), panels = rng.between(1, 64), lanes = rng.between(1, 512);
   const int64_t rows = rng.chance(3) ? rng.between(1, 50) : rng.between(1, 20000), taps = rng.between(1, 25);
-  const Grid grid = direct_grid(rows, taps, lanes, panels, threads);
+  const Grid grid = direct_grid(rows, 1, taps, lanes, panels, threads);
   const bool worth =
       static_cast<double>(rows * taps) * static_cast<double>(lanes * panels) >= 4096 * static_cast<double>(threads);
   const double height = static_cast<double>(ceil_div(rows, worth ? threads : 1));

@@ -616,3 +616,11 @@ def test_a_large_output_is_that_of_its_parts(isa: str, groups: int) -> None:
         )
     assert parts[0].numel() * 4 < 2**24 <= y.numel() * 4
     assert torch.equal(y, torch.cat(parts))
+
+
+def test_images_and_filters_without_pixels_are_refused() -> None:
+    x, w = torch.zeros(4, 3, 5, 0), torch.ones(16, 3, 3, 3)
+    with pytest.raises(RuntimeError, match=r"conv: input must have pixels, got shape"):
+        ops.conv2d(x, w, padding=2)
+    with pytest.raises(RuntimeError, match=r"pack_conv_weight: weight must have taps"):
+        ops.pack_conv_weight(torch.zeros(16, 3, 3, 0), algorithm="direct_rows")

@@ -386,3 +386,14 @@ def test_what_is_not_finite(isa: str, bad: float) -> None:
     assert not db[channel].isfinite().any() and not dw[channel][:, :, 1, 1].isfinite().any()
     assert_exact(dw[~channel], clean[1][~channel])
     assert_exact(db[~channel], clean[2][~channel])
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_sums_over_a_long_row_are_cut(channels: int) -> None:
+    """A single chain of so many terms would be off by a thousandth."""
+    torch.manual_seed(0)
+    x, dy = torch.rand(1, channels, 2**20), torch.rand(1, 16, 2**20)
+    w = torch.zeros(16, channels, 1, requires_grad=True)
+    (dw,) = torch.autograd.grad(ops.conv1d(x, w), w, dy)
+    exact = dy[0].double() @ x[0].double().T
+    assert (dw.squeeze(2) - exact).abs().max() < 1e-5 * exact.abs().max()

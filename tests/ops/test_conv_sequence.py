@@ -99,6 +99,7 @@ def test_fake_kernel_and_schema(block: dict[str, Any]) -> None:
         ({"program": [0, -1, -1, -1, 32, 1, 0, 1, 1, 2, *PLAIN * 2]}, [0], "reads place -1 of 5"),
         ({}, [3], r"outputs must be in \[0, 3\), got 3"),
         ({}, [-1], r"outputs must be in \[0, 3\), got -1"),
+        ({}, [1, 1], "outputs must differ, got 1 twice"),
     ],
 )
 def test_bad_programs(

@@ -172,8 +172,8 @@ def test_strides(isa: str, dtype: torch.dtype, geometry: Geometry) -> None:
     x, w, b = make(geometry, dtype)
     o, raw_options = options(geometry), geometry.raw
     stride, padding, dilation, groups = raw_options
-    forward = (stride, padding, list(o["output_padding"]), dilation, groups, 0)
-    geometric = (stride, padding, dilation, groups, 0)
+    forward = (stride, padding, list(o["output_padding"]), dilation, groups, 0, False)
+    geometric = (stride, padding, dilation, groups, 0, False)
     y = raw(x, w, b, *forward, False)
     dy = torch.randn(y.shape).to(dtype)
     plain = raw_backward(dy, x, w, *geometric, False, True, True, True)
@@ -315,3 +315,32 @@ def test_dimensions_of_the_input(axes: int) -> None:
     for dim in (axes, axes + 3):
         with pytest.raises(RuntimeError, match=rf"conv_transpose{axes}d: input must have"):
             OURS[axes](torch.randn([4] * dim), torch.randn(4, 4, *[3] * axes))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 5), (3, 0, 5), (3, 5, 0)])
+def test_images_without_pixels_are_refused(sizes: tuple[int, ...]) -> None:
+    x, w = torch.zeros(1, 16, *sizes), torch.ones(16, 2, 1, 3, 3)
+    with pytest.raises(RuntimeError, match=r"conv_transpose: input must have pixels, got shape"):
+        ops.conv_transpose3d(x, w, output_padding=(1, 0, 0), dilation=(2, 1, 1))
+
+
+# --- the algorithm ------------------------------------------------------------------------------
+
+
+def test_direct_is_not_winograd() -> None:
+    x = torch.randn(2, 64, 12, 12, requires_grad=True)
+    w = torch.randn(64, 64, 3, 3, requires_grad=True)
+    for algorithm, expected in (("auto", "winograd"), ("direct", "direct")):
+        y = ops.conv_transpose2d(x, w, padding=1, algorithm=algorithm)
+        assert f"conv_{expected}" in _native.last_kernel()
+        torch.autograd.grad(y.sum(), x)
+        assert f"conv_{expected}" in _native.last_kernel()
+    with pytest.raises(ValueError, match=r"algorithm must be 'auto' or 'direct'"):
+        ops.conv_transpose2d(x, w, algorithm="winograd2")
+
+
+def test_strides_beyond_the_image() -> None:
+    """As many phases as there are pixels, not as strides: 25 million would take minutes."""
+    x, w = torch.randn(1, 32, 1, 1), torch.randn(32, 16, 5, 5)
+    y = ops.conv_transpose2d(x, w, stride=5000)
+    torch.testing.assert_close(y, F.conv_transpose2d(x, w, stride=5000))

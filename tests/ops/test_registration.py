@@ -94,10 +94,22 @@ def conv_samples() -> dict[str, tuple[Any, ...]]:
     samples["conv_sequence"] = ([last, packed], step + again, [0.1, 0.0], [1, 0])
     t, few = torch.randn(20, 9, 3, 3), torch.randn(9)
     back = {
-        "": (x, t, few, [2, 1], [1, 1, 0, 2], [1, 0], [1, 2], 1, 0, False),
-        ", bf16": (half[0], t.bfloat16(), None, [1, 1], [0, 0, 0, 0], [0, 0], [1, 1], 1, 0, True),
-        ", groups": (last, single, None, [2, 2], [1, 1, 1, 1], [1, 0], [1, 1], 20, 1, True),
-        ", 1 axis": (line[0], torch.randn(6, 2, 4), None, [3], [1, 0], [2], [1], 2, 0, False),
+        "": (x, t, few, [2, 1], [1, 1, 0, 2], [1, 0], [1, 2], 1, 0, False, False),
+        ", bf16": (
+            half[0],
+            t.bfloat16(),
+            None,
+            [1, 1],
+            [0, 0, 0, 0],
+            [0, 0],
+            [1, 1],
+            1,
+            0,
+            True,
+            True,
+        ),
+        ", groups": (last, single, None, [2, 2], [1, 1, 1, 1], [1, 0], [1, 1], 20, 1, False, True),
+        ", 1 axis": (line[0], torch.randn(6, 2, 4), None, [3], [1, 0], [2], [1], 2, 0, True, False),
     }
     for name, args in back.items():
         dy = torch.randn_like(pbm.conv_transpose(*args))

@@ -125,7 +125,7 @@ struct ConvSpread {
   int64_t out_h, out_w;
 };
 
-// The same one channel at a time: out[tap][channel] += Σ dy·x over rows of outputs.
+// The weight gradient of depthwise convolutions: out[tap][channel] += Σ dy·x over rows of outputs.
 struct DepthwiseWeightSum {
   int64_t batch, channels, out[3];
   DType dtype;  // of both

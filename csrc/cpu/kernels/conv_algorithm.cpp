@@ -56,7 +56,7 @@ ConvAlgorithm choose_conv(const ConvShape& s, Flavour flavour, bool exact, bool 
   return best;
 }
 
-Grid direct_grid(int64_t rows, int64_t taps, int64_t lanes, int64_t panels, int64_t threads) {
+Grid direct_grid(int64_t rows, int64_t unit, int64_t taps, int64_t lanes, int64_t panels, int64_t threads) {
   // In steps of one lane and panel: where a tap reads costs about 6, a step of weights from L3 about 4.
   const double work = static_cast<double>(rows) * static_cast<double>(taps * lanes * panels);
   const int64_t most = work < 4096 * static_cast<double>(threads) ? 1 : threads;
@@ -64,7 +64,8 @@ Grid direct_grid(int64_t rows, int64_t taps, int64_t lanes, int64_t panels, int6
   double least = -1;
   for (int64_t n = 1; n <= most; n++) {
     const int64_t m = most / n;
-    const double height = static_cast<double>(ceil_div(rows, m)), width = static_cast<double>(ceil_div(panels, n));
+    const double height = static_cast<double>(ceil_div(ceil_div(rows, unit), m) * unit);
+    const double width = static_cast<double>(ceil_div(panels, n));
     const double cost = static_cast<double>(taps) * (height * 6 + (height + 4) * static_cast<double>(lanes) * width);
     if (least < 0 || cost < least) {
       least = cost;

@@ -37,7 +37,7 @@ bool conv_admits(const ConvShape& shape, Flavour flavour, ConvAlgorithm algorith
 ConvAlgorithm choose_conv(const ConvShape& shape, Flavour flavour, bool exact, bool planes);
 
 // How the pixels of a grid are cut over threads, rows into m parts and panels into n, for one group.
-Grid direct_grid(int64_t rows, int64_t taps, int64_t lanes, int64_t panels, int64_t threads);
+Grid direct_grid(int64_t rows, int64_t unit, int64_t taps, int64_t lanes, int64_t panels, int64_t threads);
 // How Winograd's tiles are cut over threads: tiles into m parts, panels of output channels into n.
 Grid winograd_grid(const ConvShape& shape, int m, int64_t threads);
 

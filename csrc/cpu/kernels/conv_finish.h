@@ -102,7 +102,7 @@ PBM_INLINE Vec with_scaled_residual(const Finish& f, Vec y, const char* at, int6
   return fmadd(to_float(isub(widen_u8(from), iset1(f.residual_zero))), set1(f.residual_scale), y);
 }
 
-// NaN becomes the least byte: the first operand.
+// NaN becomes the least byte that the activation leaves: the first operand.
 PBM_INLINE IVec byte_of(const Finish& f, Vec y) {
   return iadd(to_int(vmin(vmax(y, set1(f.low)), set1(f.high))), iset1(f.out_zero));
 }
@@ -183,7 +183,8 @@ inline bool finish_of(const Gemm& g, const Conv& conv, Finish* f, FinishAt* at) 
   if (!integers) return true;
   f->x_scale = conv.x_scale * f->out_inverse;
   f->residual_scale = g.residual_scale * f->out_inverse;
-  const auto usual = [](float scale) { return scale > 0x1p-80f && scale < 0x1p80f; };
+  // Their product with a column's scale must not leave the normal numbers.
+  const auto usual = [](float scale) { return scale > 0x1p-40f && scale < 0x1p40f; };
   if (!usual(f->x_scale) || !usual(f->out_inverse) || (g.residual_scale != 0 && !usual(f->residual_scale)))
     return false;
   at->col_scale = g.col_scale;

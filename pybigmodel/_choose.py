@@ -133,9 +133,10 @@ def why_rejected(trial: Trial, precision: str) -> str | None:
     )
     if precision == "int8" and floating:
         precision = "fp32"
-    low = dtype_of(trial.original) in (torch.bfloat16, torch.float16)
-    if isinstance(trial.original, _POOLS):  # which hold nothing that would say of which dtype
-        precision, low = "fp32", True
+    dtype = dtype_of(trial.original)
+    if isinstance(trial.original, _POOLS):  # which hold nothing that would say it
+        precision, dtype = "fp32", trial.dtype
+    low = dtype in (torch.bfloat16, torch.float16)
     bound = MAX_ERROR["bf16" if low and precision == "fp32" else precision]
     if not trial.error <= bound:
         return f"its error on example_inputs is {trial.error:.1e}, above {bound:.0e}"

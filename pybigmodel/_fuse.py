@@ -14,7 +14,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from types import FunctionType
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
-from pybigmodel._fuse_chains import CHAIN, PAD, TAIL, Chains, Direct, Site
+from pybigmodel._fuse_apart import leave_alone
+from pybigmodel._fuse_chains import APART, CHAIN, PAD, TAIL, Chains, Direct, Site
 from pybigmodel._fuse_pairs import Pair, Pairs
-from pybigmodel._fuse_source import found, function_of, source_of
+from pybigmodel._fuse_source import Path, found, function_of, source_of
 from pybigmodel._torch_private import hooked_everywhere
 from pybigmodel.nn import Int8Linear, Linear
 from pybigmodel.nn._activation import activated, activation_of, hooked
@@ -83,6 +84,10 @@ class Fused(nn.Module):
             return chain_of(tuple(layers), True, after) is not None
         return isinstance(layer, Fused) and not hooked(layer) and layer._ends_in_chain(after)
 
+    def _leave_alone(self, groups: Iterable[tuple[Path, ...]]) -> bool:
+        """Whether what these layers are given stays as it was."""
+        return all(leave_alone(reduce(_get, path[1:], self) for path in group) for group in groups)
+
     def _ends_in_chain(self, after: Any) -> bool:
         layers = self._last_layers()
         return bool(layers) and self._takes(layers, after)
@@ -102,6 +107,10 @@ class Fused(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         _, (kind, *arguments), *state = reduced
         return _new, (kind.__bases__[1], kind._pairs, kind._sites, *arguments), *state
+
+
+def _get(value: Any, name: str) -> Any:
+    return getattr(value, name, None)
 
 
 def _new(base: Any, pairs: frozenset[Pair], sites: frozenset[Site], *arguments: Any) -> nn.Module:
@@ -332,7 +341,7 @@ def _sites_of(base: type[nn.Module], module: nn.Module) -> frozenset[Site]:
             chains = Chains(wanted)
             chains.visit(tree)
             last = last or chains.last
-    several = any(site[0] != CHAIN or len(site) > 2 for site in sites)
+    several = any(site[0] in (TAIL, PAD) or len(site) > 2 for site in sites if site[0] != APART)
     return frozenset(sites) if several or last is not None else frozenset()
 
 
@@ -341,6 +350,8 @@ def _is_wanted(site: Site, module: nn.Module) -> bool:
     values = [found(path, module) for path in paths]  # type: ignore[arg-type]
     if kind == CHAIN:
         return _joins(values)
+    if kind == APART:
+        return leave_alone(values)
     if kind == PAD:
         place, name = _PADDING
         function, layer = values

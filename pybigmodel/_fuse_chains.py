@@ -4,8 +4,8 @@ Of ``h = self.conv(h); h = self.bn(h); h = self.act(h)``, nested or in steps, so
 ``if self.bn is not None:``, becomes ``h = self._convolved(h, (self.conv, self.bn, self.act))``. Of
 a residual that is added to such a chain, or to what a module ends in, becomes ::
 
-    if self._takes((self.conv, self.bn), self.act):
-        ...  # what stood between and has nothing to do with h
+    if self._leave_alone(((self.downsample,),)) and self._takes((self.conv, self.bn), self.act):
+        ...  # what stood between and has nothing to do with h: identity = self.downsample(x)
         h = self._convolved(h, (self.conv, self.bn), residual, self.act, self._iadd)
     else:
         ...  # as it was written
@@ -25,6 +25,7 @@ from pybigmodel._fuse_shapes import (
     called_in,
     chain_call,
     chain_of,
+    groups_in,
     is_apart,
     link_of,
     nested,
@@ -40,9 +41,9 @@ from pybigmodel._fuse_source import Path, path_of
 
 # ("chain", conv, bn, act): these after one another. ("tail", layer, …, after, where): a residual
 # added to what the layers give where `where` is true, and `after` called on the sum; () for none of
-# these. ("pad", function, conv).
+# these. ("pad", function, conv). ("apart", layer, …): these called one on the other, beside a tail.
 Site: TypeAlias = tuple[str | Path, ...]
-CHAIN, TAIL, PAD = "chain", "tail", "pad"
+CHAIN, TAIL, PAD, APART = "chain", "tail", "pad", "apart"
 Wanted: TypeAlias = Callable[[Site], bool]
 
 
@@ -198,10 +199,12 @@ class Chains(ast.NodeTransformer):
         argument: ast.expr,
         pad: list[ast.keyword],
     ) -> tuple[ast.stmt, int] | None:
-        used = between + added.used
+        used, groups = between + added.used, groups_in(statements[1:between])
         paths = [path_of(layer) for layer in layers]
         after = () if added.after is None else path_of(added.after)
         where = self._under if added.where is None else path_of(added.where)
+        if not all(self._wanted((APART, *group)) for group in groups):
+            return None
         if not all(paths) or not self._wanted((TAIL, *paths, after, where)):
             return None
         layer_tuple: ast.expr = ast.Tuple(layers, ast.Load())
@@ -215,6 +218,10 @@ class Chains(ast.NodeTransformer):
         else:
             new = ast.Assign([ast.Name(added.target, ast.Store())], value)
         takes: ast.expr = ast.Call(own_name("_takes"), [layer_tuple, added.after or none()], [])
+        if groups:
+            # By name: where they are not called, they need not be there.
+            alone = ast.Call(own_name("_leave_alone"), [ast.Constant(tuple(groups))], [])  # type: ignore[arg-type]
+            takes = ast.BoolOp(ast.And(), [alone, takes])
         if added.where is not None:
             takes = ast.BoolOp(ast.And(), [added.where, takes])
         body = [*statements[1:between], new]

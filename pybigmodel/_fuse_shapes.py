@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from pybigmodel._fuse_source import only_argument, path_of
+from pybigmodel._fuse_source import Path, only_argument, path_of
 
 
 @dataclass
@@ -158,7 +158,8 @@ def _addition(value: ast.expr) -> tuple[ast.BinOp | None, ast.expr | None]:
 
 
 def is_apart(statement: ast.stmt, name: str, argument: ast.expr) -> bool:
-    """Whether the statement leaves the name and the argument alone and goes on to the next."""
+    """Whether the statement leaves the name and the argument alone and goes on to the next, if the
+    layers that it calls (`groups_in`) write to nothing that they are given."""
     if not isinstance(statement, ast.Assign | ast.If):
         return False
     for node in ast.walk(statement):
@@ -171,7 +172,30 @@ def is_apart(statement: ast.stmt, name: str, argument: ast.expr) -> bool:
                 return False
         elif not isinstance(node, _PLAIN):
             return False
+        elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            return False  # which may be one of the layers
+        elif isinstance(node, ast.Call) and not _group_of(node):
+            return False
     return True
+
+
+def groups_in(statements: list[ast.stmt]) -> list[tuple[Path, ...]]:
+    """The layers that are called in them, together those that are called one on the other."""
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    groups = [_group_of(node) for node in nodes if isinstance(node, ast.Call)]
+    return list(dict.fromkeys(groups))
+
+
+def _group_of(call: ast.Call) -> tuple[Path, ...]:
+    """() of what does not call the module's layers alone, on one argument."""
+    called: list[ast.expr] = [call.func]
+    if _is_convolved(call):
+        layers: ast.Tuple = call.args[1]  # type: ignore[assignment]
+        called = layers.elts
+    elif only_argument(call) is None:
+        return ()
+    paths = tuple(path_of(function) for function in called)
+    return paths if all(path[:1] == ("self",) and len(path) > 1 for path in paths) else ()
 
 
 _PLAIN = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -192,7 +192,9 @@ def _why_left(module: nn.Module, precision: str, weights: _Weights) -> str | Non
         return _why_attention_left(module, precision, weights)
     if kind in POOLS and getattr(module, "return_indices", False):
         return "gives indices, which torch's alone does"
-    if kind in BLOCKS or kind in POOLS:
+    if kind in POOLS:
+        return weights.no_pools
+    if kind in BLOCKS:
         return None
     if "weight" not in module._parameters or "bias" not in module._parameters:
         return "a hook computes its weight (weight_norm, spectral_norm, pruning)"
@@ -361,6 +363,7 @@ class _Weights:
                     if span is not None:
                         spans[id(tensor)] = (*span, id(tensor))
         self._spans = sorted(spans.values())
+        self.no_pools = _why_no_pools(first)
 
     def tied(self, tensor: Tensor) -> list[str]:
         return self._holders[id(tensor)]
@@ -375,6 +378,18 @@ class _Weights:
             if end > span[0] and other != id(tensor):
                 return self._holders[other][0]
         return None
+
+
+def _why_no_pools(modules: Iterable[nn.Module]) -> str | None:
+    """Why every pooling would be torch's: they hold no tensors, and others say what they get."""
+    held = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
+    tensors = [t for t in held if t is not None and t.is_floating_point()]
+    here = [t for t in tensors if t.device.type == "cpu"]
+    if tensors and not here:
+        return f"on device {tensors[0].device}, for which there is no pooling"
+    if here and not any(t.dtype in FLOAT_DTYPES for t in here):
+        return f"the model is {here[0].dtype}"
+    return None
 
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:

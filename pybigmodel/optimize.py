@@ -12,8 +12,9 @@ from torch import nn
 from pybigmodel._choose import MAX_ERROR, choose, dtype_of
 from pybigmodel._connect import connect
 from pybigmodel._fuse import Fused, Taken, taken_in
-from pybigmodel._measure import Trial, run_once, split_inputs
-from pybigmodel._report import Report, Row, log, log_rows
+from pybigmodel._layouts import check_layouts
+from pybigmodel._measure import Trial, split_inputs
+from pybigmodel._report import Report, Row, log_rows
 from pybigmodel._select import Candidate, Selection, candidates
 from pybigmodel._swap import (
     OUR_INT8,
@@ -92,9 +93,12 @@ def optimize(
         exact: convolutions sum products as they are, without Winograd
             (:class:`pybigmodel.nn.Conv2d`, algorithm="direct").
         channels_last: whether convolutions of two and three axes, and poolings, give their images
-            in that layout, which the next takes as they are. A model that calls ``view`` on an
-            image, as ``x.view(len(x), -1)``, needs False: its shape is the same, its strides are
-            not. With example_inputs the new model is run once, and that is seen to.
+            in that layout, which the next takes as they are: the shape is the same, the strides
+            are not. A model needs False that calls ``view`` on an image, as
+            ``x.view(len(x), -1)``, or that writes to what ``contiguous``, ``reshape`` or ``to``
+            made of one and goes on to use both, as ``z = y.permute(0, 2, 3, 1).contiguous();
+            z.mul_(2)``: a copy in one layout is the image itself in the other. With example_inputs
+            the new model is run in both, and that is seen to.
 
     Memory per weight of float32: 4 bytes and 4 more once a layer has run ("fp32"), 4 and 2
     ("bf16"), 1 and 4 for the original ("int8"). Floating convolutions: 4 and, for each algorithm
@@ -129,7 +133,7 @@ def optimize(
             rows.append(replace(row, in_float=None if left else choices.in_float.get(path)))
     rows = _with_what_follows(model, found, rows)
     if example_inputs is not None:
-        _check_layouts(model, example_inputs)
+        check_layouts(model, example_inputs, precision)
         rows = _connected(model, example_inputs, found, rows)
     log_rows(rows)
     vars(model)[_REPORT] = Report(tuple(rows))
@@ -306,20 +310,6 @@ def _with_taken(row: Row, taken: Taken, paths: dict[nn.Module, str]) -> Row:
         activation=taken.activation,
         found=taken.where or None,
     )
-
-
-def _check_layouts(model: nn.Module, example_inputs: Any) -> None:
-    """Leave images in the layout that they have where the model cannot do with channels_last."""
-    turned = [m for m in model.modules() if vars(m).get("_channels_last") and is_swapped(m)]
-    if turned:
-        try:
-            run_once(model, example_inputs)
-        except RuntimeError as error:
-            log.warning("optimize: convolutions leave layouts as they are, since: %s", error)
-            for layer in turned:
-                turning: Any = layer
-                turning.keep_layout()
-            run_once(model, example_inputs)
 
 
 def _connected(

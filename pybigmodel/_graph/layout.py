@@ -8,6 +8,7 @@ strides that torch would have given.
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from pybigmodel._graph.nodes import PADS, function_of, value_of, written_by
+from pybigmodel._graph.nodes import CONVOLUTIONS, PADS, function_of, value_of, written_by
 from pybigmodel._graph.writes import Writes, storages_of
 from pybigmodel._torch_private import size_hint
+from pybigmodel.nn._conv_plan import conv_cached
 
 # What gives the same values of any strides; where it gives another tensor, in strides of its own.
 _FREE: frozenset[Any] = frozenset(
@@ -40,6 +42,14 @@ _FREE: frozenset[Any] = frozenset(
         *("to", "contiguous"),
     )
 )
+# Of these the result may be the image itself.
+_MAY_SHARE: frozenset[Any] = frozenset(
+    (
+        *(torch.flatten, torch.permute, torch.transpose, torch.reshape, F.dropout, F.dropout2d),
+        *("flatten", "reshape", "permute", "transpose", "float", "to", "contiguous"),
+        F.interpolate,
+    )
+)
 _SIZES = frozenset(("size", "dim"))
 # Their result has the strides that their arguments say.
 _OURS = frozenset(
@@ -49,21 +59,38 @@ _OURS = frozenset(
         *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
     )
 )
+# What is computed into memory of its own, in whatever layout.
+_NEW = (_FREE - _MAY_SHARE) | _OURS | CONVOLUTIONS.keys() | {conv_cached}
 
 
 def may_be_turned(graph: Graph, products: Iterable[Node], writes: Writes) -> bool:
-    """Whether no call would write to a copy instead of the image: what comes of the products is
-    written to in one layout only, and by calls that take any."""
+    """Whether no call would write to a copy instead of the image, or to the image instead of a
+    copy: what comes of the products is written to where it was computed, and by calls that take any
+    layout."""
     images = set(products)
+    holders: dict[int, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if not images.isdisjoint(node.all_input_nodes):
             images.add(node)
+        for storage in storages_of(node):
+            holders[storage].append(node)
     return all(
-        _is_free(writer) and all(len(writes.layouts[s]) == 1 for s in storages_of(written))
+        _is_free(writer)
+        and all(
+            len(writes.layouts[s]) == 1 and _is_written_alone(holders[s])
+            for s in storages_of(written)
+        )
         for writer in graph.nodes
         for written in written_by(writer)
         if written in images
     )
+
+
+def _is_written_alone(holders: list[Node]) -> bool:
+    """Whether the nodes with one memory are what was computed into it, and calls that write there:
+    whether others share it, as `contiguous` and views do, can be a matter of strides."""
+    first, *rest = holders
+    return function_of(first) in _NEW and not written_by(first) and all(map(written_by, rest))
 
 
 def give_back_strides(graph: Graph, turned: Iterable[Node]) -> None:

@@ -78,6 +78,9 @@ class Lowering:
         algorithm = _native.conv_algorithm(size, sizes, *how, bf16, conv.exact, last)
         key = ConvKey(conv.groups, _rounding(bf16, weight), algorithm)
         copy, bias = self._packed(chain, key, conv.bias)
+        if bias is not None and value_of(bias).dtype != torch.float32:
+            # In a sequence no autocast does it.
+            bias = self._in_dtype(bias, y.dtype)
         act = chain.activation
         code, slope = (CONV_ACTIVATIONS[act.name], act.slope) if act else (0, 0.0)
         args = (

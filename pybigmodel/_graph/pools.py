@@ -132,5 +132,9 @@ def _mean_of(node: Node) -> Pool | None:
     axes = sorted(axis % 4 for axis in args["dim"] if isinstance(axis, int))
     if axes != [2, 3] or len(args["dim"]) != 2 or not isinstance(args["keepdim"], bool):
         return None
+    x = tensor_of(args["input"])
+    # Of no pixels it is NaN, which the op refuses.
+    if x is None or x.dim() != 4 or not all(size > 0 for size in x.shape[2:]):
+        return None
     op = _ops.adaptive_avg_pool2d.default
     return Pool(op, args["input"], [[1, 1]], flat=not args["keepdim"])

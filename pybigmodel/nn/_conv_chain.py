@@ -23,10 +23,11 @@ from pybigmodel._torch_private import (
     forward_ad,
     hooked_everywhere,
     jit_tracing_state,
+    transforms_active,
 )
 from pybigmodel.nn._activation import activation_of, hooked
 from pybigmodel.nn._conv_fold import outliving
-from pybigmodel.nn._conv_plan import MOST, is_norm, pad_in_mode, plan_for
+from pybigmodel.nn._conv_plan import MOST, Cache, is_norm, pad_in_mode, plan_for
 from pybigmodel.nn._int8_chain import int8_in_one
 from pybigmodel.nn._packing import Sources, cacheable
 from pybigmodel.nn.conv import FORWARD
@@ -135,6 +136,7 @@ def _in_one(
         or autocast_enabled()
         or dispatch_modes()
         or jit_tracing_state() is not None
+        or transforms_active()  # batched tensors have no memory to watch, and uint8 would leak
         or forward_ad._current_level >= 0
     ):
         return None
@@ -183,6 +185,7 @@ def chain_of(layers: tuple[Any, ...], residual: bool, after: Any) -> Chain | Non
             return None
         if len(chains) >= MOST:
             chains.clear()
+        _let_go(chains, key)
         chains[key] = chain
     for module, kind in chain.kinds:
         own = module.__dict__  # as `hooked` has it, but for hooks of gradients: none is recorded
@@ -197,6 +200,25 @@ def chain_of(layers: tuple[Any, ...], residual: bool, after: Any) -> Chain | Non
     if norm is not None and (norm.training or norm._buffers.get("running_var") is None):
         return None
     return chain
+
+
+def _let_go(chains: Cache, new: Any) -> None:
+    """Forget chains with other modules at the places of the new one's: they are exchanged, and may
+    be freed. But not where one comes back: then several take turns."""
+    layers, residual, after = new
+    chains.take_turns = chains.take_turns or any(m in chains.gone for m in _modules(new))
+    if chains.take_turns:
+        return
+    for old in list(chains):
+        others = len(old[0]) == len(layers) and old[1] == residual
+        if others and (old[2] is None) == (after is None):
+            chains.gone.update(set(_modules(old)) - set(_modules(new)))
+            del chains[old]
+
+
+def _modules(key: Any) -> list[nn.Module]:
+    layers, _, after = key
+    return [m for m in (*layers[1:], after) if isinstance(m, nn.Module)]
 
 
 def _new_chain(layers: tuple[Any, ...], residual: bool, after: Any) -> Chain | None:

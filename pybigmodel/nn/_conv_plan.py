@@ -6,8 +6,9 @@ The one place below pybigmodel.nn that knows the arguments of the convolution op
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from pybigmodel import _native
 from pybigmodel.nn._packing import ConvKey, cacheable, packed_for
 from pybigmodel.ops import _flops
+from pybigmodel.ops._checks import FLOAT_DTYPES
 from pybigmodel.ops._conv_geometry import AUTO, Geometry, exact_algorithm, sides
 from pybigmodel.ops._conv_geometry import is_channels_last as is_channels_last
 
@@ -24,11 +26,19 @@ conv_op = _ops.conv.default
 conv_packed_op = _ops.conv_packed.default
 conv_transpose_op = _ops.conv_transpose.default
 
+_PLANNED = (*FLOAT_DTYPES, torch.uint8)
 MOST = 64  # shapes for which a layer remembers what it does
 
 
 class Cache(dict[Any, Any]):
     """What a layer can make again: a copied or unpickled layer has none of it."""
+
+    take_turns = False  # whether keys that were let go came back
+
+    @cached_property
+    def gone(self) -> WeakSet[nn.Module]:
+        """Of keys that were let go."""
+        return WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         return Cache()
@@ -43,7 +53,7 @@ class Cache(dict[Any, Any]):
 class Plan:
     """The arguments of ``conv_packed`` for inputs of one shape and layout."""
 
-    __slots__ = ("after", "before", "channels_last", "dtype", "key", "out_shape")
+    __slots__ = ("after", "before", "channels_last", "dtype", "key", "out_shape", "weight_shape")
 
     def __init__(
         self, layer: Any, input: Tensor, weight: Tensor, extra: Sequence[int] = ()
@@ -62,7 +72,7 @@ class Plan:
             *(list(input.shape), list(weight.shape), stride, padding, dilation, groups, bf16),
             *(layer._exact, self.channels_last),
         )
-        self.dtype = weight.dtype
+        self.dtype, self.weight_shape = weight.dtype, weight.shape
         self.key = ConvKey(groups, layer._precision, algorithm)
         self.before = (weight.shape[0], kernel)
         self.after = (stride, padding, dilation, groups)
@@ -209,12 +219,14 @@ def plan_for(layer: Any, x: Tensor, weight: Any, pad: Any) -> Any:
     if pad is not None:
         key = key, pad
     plan = layer._plans.get(key)
-    if plan is None or plan.dtype is not x.dtype:
+    if plan is None or plan.dtype is not x.dtype or plan.weight_shape != weight.shape:
         plan = _new_plan(layer, x, weight, pad, key)
     return plan
 
 
 def _new_plan(layer: Any, x: Tensor, weight: Any, pad: Any, key: Any) -> Any:
+    if x.dtype not in _PLANNED:  # the layer says why
+        return None
     extra = () if pad is None else _sides_of(pad, layer, x)
     if extra is None:
         return None

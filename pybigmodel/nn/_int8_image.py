@@ -3,7 +3,9 @@
 What an int8 convolution gives may stay in uint8 where only other int8 convolutions take it, as
 their image, through a max pooling or not, or as a residual. It is a tensor of a class of its own,
 which such layers know, and which turns into floats for whoever else asks: a changed model is
-slower, not wrong.
+slower, not wrong. What does not ask the class sees the codes: torch.func's transforms and traced
+functions that are given such a tensor from outside (within them none is made), `as_subclass` and
+code in C++.
 """
 
 from __future__ import annotations

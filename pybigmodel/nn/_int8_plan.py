@@ -26,13 +26,18 @@ def window_with(layer: Any, extra: Sequence[int] = ()) -> list[int]:
 class Int8Plan:
     """The arguments of ``int8_conv`` for inputs of one shape and layout."""
 
-    __slots__ = ("_channels_last", "_geometry", "_quantiser", "dtype", "floating", "out_shape")
+    __slots__ = (
+        *("_channels_last", "_geometry", "_quantiser", "dtype", "floating", "out_shape"),
+        "weight_shape",
+    )
 
     key = None  # there is one packed copy, whatever the shape
 
-    def __init__(self, layer: Any, input: Tensor, extra: Sequence[int] = ()) -> None:
+    def __init__(
+        self, layer: Any, input: Tensor, packed: Tensor, extra: Sequence[int] = ()
+    ) -> None:
         window, last = window_with(layer, extra), layer._channels_last
-        self.dtype = input.dtype
+        self.dtype, self.weight_shape = input.dtype, packed.shape
         # Of the result, where it is not uint8.
         self.floating = torch.float32 if input.dtype == torch.uint8 else input.dtype
         self._geometry = window, layer.groups

@@ -70,13 +70,13 @@ class Packed:
     """The packed copies of one Parameter, by key."""
 
     __slots__ = (
-        *("_address", "_bits", "_contiguous", "_id", "_sample", "_shape", "_storage", "_stride"),
-        *("__weakref__", "copies", "dtype", "in_shape", "out_features", "version"),
+        *("_address", "_bits", "_contiguous", "_id", "_sample", "_storage", "_stride"),
+        *("__weakref__", "copies", "dtype", "in_shape", "out_features", "shape", "version"),
     )
 
     def __init__(self) -> None:
         self._id = self._address = 0
-        self._shape: tuple[int, ...] = ()
+        self.shape: tuple[int, ...] = ()
         self._stride: tuple[int, ...] = ()
         self._contiguous = True
         self._storage: weakref.ref[torch.UntypedStorage] | None = None
@@ -96,7 +96,7 @@ class Packed:
         self._id = id(weight)
         self._storage = weakref.ref(weight.untyped_storage(), partial(_freed, self._id))
         self._address = weight.data_ptr()
-        self._shape, self._stride = weight.shape, weight.stride()
+        self.shape, self._stride = weight.shape, weight.stride()
         self._contiguous = weight.is_contiguous()
         self._sample = _sample(weight)
         self._bits = _copy_of(self._sample)
@@ -111,7 +111,7 @@ class Packed:
         return (
             id(weight) == self._id  # not of None, a layer's whose weight became computed
             and weight._version == self.version
-            and weight.shape == self._shape
+            and weight.shape == self.shape
             and weight.is_contiguous() == self._contiguous
             and (self._contiguous or weight.stride() == self._stride)
             and weight.dtype is self.dtype

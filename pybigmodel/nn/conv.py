@@ -66,7 +66,7 @@ class _Conv(ConvLayer):
                 shape if self._channels_last else (shape, input.stride())
             )
             copy = None if plan is None else packed.copies.get(plan.key)
-            if plan is not None and copy is not None:
+            if plan is not None and copy is not None and plan.weight_shape == packed.shape:
                 try:
                     return plan.run(input, copy, bias)
                 except NotImplementedError as error:
@@ -113,7 +113,11 @@ class _Conv(ConvLayer):
     def _plan(self, input: Tensor, weight: Tensor) -> Plan:
         key = input.shape if self._channels_last else (input.shape, input.stride())
         plan: Plan | None = self._plans.get(key)
-        if plan is None or plan.dtype is not weight.dtype:
+        if (
+            plan is None
+            or plan.dtype is not weight.dtype
+            or plan.weight_shape != weight.shape  # assigned through `.data`, or swapped
+        ):
             plan = Plan(self, input, weight)
             if len(self._plans) >= MOST:
                 self._plans.clear()

@@ -245,7 +245,7 @@ class _Int8Conv(Int8Layer):
         return self._buffers["packed_weight"] if fits and x.shape[1] == self.in_channels else None
 
     def _new_plan(self, x: Tensor, weight: Any, extra: tuple[int, ...]) -> Int8Plan:
-        return Int8Plan(self, x, extra)
+        return Int8Plan(self, x, weight, extra)
 
     def _quantiser_after(self, followed_by: Any, dtype: torch.dtype) -> tuple[float, int]:
         """Of the result where it may stay in uint8: of float32, after the steps that it was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -36,24 +37,34 @@ class _Pool(nn.Module):
             return super().forward(input)
         if type(input) in IMAGES:
             return self._of_image(input)
-        if not _is_plain(input):
+        if not is_plain(input):
             return super().forward(input)
-        if input.dim() == 3:
-            return self._pooled(input.unsqueeze(0)).squeeze(0)
         return self._pooled(input)
 
     def keep_layout(self) -> None:
         """Give images in the layout of the input, where `optimize` had them turned."""
         self._channels_last = None
 
-    def _pooled(self, input: Tensor) -> Any:
+    def _pooled(self, input: Tensor) -> Tensor:
         """By the op. Its wrapper's checks are the op's or made here: they would cost as much as a
         small pooling takes."""
+        if input.dim() == 3:
+            return self._of_batch(input.unsqueeze(0)).squeeze(0)
+        return self._of_batch(input)
+
+    def _of_batch(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _of_image(self, input: Any) -> Any:
         """Of what one int8 convolution gives to others: as floats."""
         return super().forward(input)
+
+    def _windows(self) -> list[list[Any]]:
+        """Kernel, stride and padding."""
+        layer: Any = self
+        kernel, stride = _pair(layer.kernel_size), layer.stride
+        steps = kernel if stride is None else _pair(stride) or kernel
+        return [kernel, steps, _pair(layer.padding)]
 
     def _last(self, input: Tensor) -> bool:
         """The layout of the result."""
@@ -61,10 +72,15 @@ class _Pool(nn.Module):
 
 
 def _pair(value: Any) -> list[Any]:
-    return [value, value] if isinstance(value, int) or value is None else list(value)
+    """As torch reads them: whatever counts as an int, or one or two of these; None stays."""
+    if type(value) is int:
+        return [value, value]
+    given = list(value) if isinstance(value, tuple | list) else [value]
+    entries = [None if entry is None else operator.index(entry) for entry in given]
+    return entries * 2 if len(entries) == 1 else entries
 
 
-def _is_plain(input: Any) -> bool:
+def is_plain(input: Any) -> bool:
     """Whether it is a tensor that the ops take, of which nothing is recorded."""
     return (
         type(input) is Tensor
@@ -100,14 +116,14 @@ class MaxPool2d(_Pool, nn.MaxPool2d):
             return nn.MaxPool2d.forward(self, input)
         return super().forward(input)
 
-    def _pooled(self, input: Tensor) -> Tensor:
-        windows = (self.kernel_size, self.stride, self.padding, self.dilation)
-        y: Tensor = _max_pool2d_op(input, *map(_pair, windows), self.ceil_mode, self._last(input))
+    def _of_batch(self, input: Tensor) -> Tensor:
+        how = (*self._windows(), _pair(self.dilation), self.ceil_mode)
+        y: Tensor = _max_pool2d_op(input, *how, self._last(input))
         return y
 
     def _of_image(self, input: Any) -> Any:
         # With dilation a window may have no pixel: −∞, of which bytes know nothing.
-        if self.dilation in (1, (1, 1), [1, 1]):
+        if _pair(self.dilation) == [1, 1]:
             return input.pooled(self._pooled)
         return super()._of_image(input)
 
@@ -116,12 +132,11 @@ class AvgPool2d(_Pool, nn.AvgPool2d):
     """Drop-in for :class:`torch.nn.AvgPool2d`: :func:`pybigmodel.ops.avg_pool2d` in inference,
     torch's own where :class:`MaxPool2d` says."""
 
-    def _pooled(self, input: Tensor) -> Tensor:
+    def _of_batch(self, input: Tensor) -> Tensor:
         if self.divisor_override == 0:  # of the op's arguments it is none
             raise RuntimeError("pybigmodel.nn.AvgPool2d: divisor_override must not be 0")
-        windows = map(_pair, (self.kernel_size, self.stride, self.padding))
         counted = (self.ceil_mode, self.count_include_pad, self.divisor_override or 0)
-        y: Tensor = _avg_pool2d_op(input, *windows, *counted, self._last(input))
+        y: Tensor = _avg_pool2d_op(input, *self._windows(), *counted, self._last(input))
         return y
 
 
@@ -129,11 +144,13 @@ class AdaptiveAvgPool2d(_Pool, nn.AdaptiveAvgPool2d):
     """Drop-in for :class:`torch.nn.AdaptiveAvgPool2d`: :func:`pybigmodel.ops.adaptive_avg_pool2d`
     in inference, torch's own where :class:`MaxPool2d` says."""
 
-    def _pooled(self, input: Tensor) -> Tensor:
+    def _of_batch(self, input: Tensor) -> Tensor:
         sizes: list[Any] = _pair(self.output_size)
         if None in sizes:
             axes = zip(sizes, input.shape[2:], strict=True)
             sizes = [have if want is None else want for want, have in axes]
+        if 0 in sizes:  # nothing, which torch gives and the op refuses
+            return nn.AdaptiveAvgPool2d.forward(self, input)
         y: Tensor = _adaptive_avg_pool2d_op(input, sizes, self._last(input))
         return y
 

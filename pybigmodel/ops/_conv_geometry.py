@@ -92,7 +92,9 @@ def _width(geometry: Geometry) -> int:
     """Of the output."""
     reach = (geometry.weight[-1] - 1) * geometry.dilation[-1] + 1
     padded = geometry.size[-1] + geometry.padding[-2] + geometry.padding[-1]
-    return (padded - reach) // geometry.stride[-1] + 1 if padded >= reach else 0
+    step = geometry.stride[-1]
+    fits = padded >= reach and step > 0  # the op refuses what does not
+    return (padded - reach) // step + 1 if fits else 0
 
 
 def admits(geometry: Geometry, algorithm: int) -> bool:

@@ -186,6 +186,11 @@ def _conv(
     if forward_ad._current_level >= 0:
         refuse_forward_mode(op, input=input, weight=weight, bias=bias)
     activated, code = activation_code(activation, CONV_ACTIVATIONS), precision_code(precision)
+    if weight.dim() != axes + 2:
+        raise RuntimeError(
+            f"{op}: weight must have {axes + 2} dimensions, (O, C / groups, kernel), got shape "
+            f"{tuple(weight.shape)}"
+        )
     steps, spread = per_axis(op, "stride", stride, axes), per_axis(op, "dilation", dilation, axes)
     around = sides(op, padding, axes, (weight.shape[2:], steps, spread))
     x = input if batched(op, input, axes) else input.unsqueeze(0)
@@ -264,10 +269,42 @@ def conv_algorithm(
         )
     steps, spread = per_axis(op, "stride", stride, axes), per_axis(op, "dilation", dilation, axes)
     around = sides(op, padding, axes, (weight_shape[2:], steps, spread))
+    _check_shapes(op, input_shape, weight_shape, steps, around, spread)
     bf16 = precision_code(precision) == 1 or dtype == torch.bfloat16
     x, w = list(input_shape), list(weight_shape)
     code = _native.conv_algorithm(x, w, steps, around, spread, groups, bf16, exact, channels_last)
     return next(name for name, known in ALGORITHMS.items() if known == code)
+
+
+def _check_shapes(
+    op: str,
+    image: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """That they leave at least a pixel, as the ops check it of tensors."""
+    if min(*image, *weight) < 0 or min(*image[2:], *weight[2:]) < 1:
+        raise ValueError(
+            f"{op}: input_shape and weight_shape must have pixels and taps, got {tuple(image)} and "
+            f"{tuple(weight)}"
+        )
+    for name, entries, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if min(entries) < least:
+            raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(entries)}")
+    for axis, size in enumerate(image[2:]):
+        padded = size + padding[2 * axis] + padding[2 * axis + 1]
+        reach = (weight[axis + 2] - 1) * dilation[axis] + 1
+        if padded < reach:
+            raise ValueError(
+                f"{op}: the kernel reaches over {reach} pixels of an input of {padded} with its "
+                f"padding: nothing is left, got {tuple(image)} and {tuple(weight)}"
+            )
 
 
 def pack_conv_weight(

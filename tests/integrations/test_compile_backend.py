@@ -337,6 +337,60 @@ def test_writes_elsewhere_leave_images_turned(graphs: list[Any]) -> None:
     assert call.args[-1] is True
 
 
+def of_pixels(y: Tensor) -> Tensor:
+    return y.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda y: y.contiguous(),
+        lambda y: y.contiguous(memory_format=torch.channels_last),
+        lambda y: y.to(memory_format=torch.channels_last),
+        lambda y: of_pixels(y).contiguous(),
+        lambda y: of_pixels(y).reshape(2, -1, 16),
+        lambda y: y.flatten(2).transpose(1, 2).contiguous(),
+        lambda y: y.reshape(2, -1),
+        lambda y: y.view(2, 16, 9, 9),
+        lambda y: y.detach(),
+        lambda y: y[:],
+    ],
+)
+def test_writes_go_where_torchs_go(of: Any, graphs: list[Any]) -> None:
+    """Whether one is a copy of the other can depend on the layout of the image."""
+
+    def forward(c: Any, x: Tensor) -> Tensor:
+        y = c(x)
+        z = of(y)
+        z.mul_(2)
+        return (y * y).flatten() + (3 * z).flatten()  # not of views, which keep y's layout
+
+    compare(Net(forward, c=conv()), image())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda y: y * 2,
+        lambda y: F.max_pool2d(y, 2),
+        lambda y: torch.cat([y, y], 1),
+        lambda y: F.sigmoid(y),
+        lambda y: y.clone(),
+        lambda y: y,
+    ],
+)
+def test_writes_to_memory_of_its_own_leave_images_turned(of: Any, graphs: list[Any]) -> None:
+    def forward(c: Any, x: Tensor) -> Tensor:
+        y = c(x)
+        z = of(y)
+        z += 1
+        return F.relu(z, inplace=True)
+
+    compare(Net(forward, c=conv()), image())
+    (call,) = [n for n in graphs[-1].nodes if "conv_packed" in str(n.target)]
+    assert call.args[-1] is True
+
+
 @pytest.mark.parametrize(
     "read",
     [

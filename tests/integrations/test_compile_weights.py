@@ -336,6 +336,22 @@ def test_autocast(dtype: torch.dtype, grad: bool, graphs: list[Any]) -> None:
         assert [str(n.target) for n in graph.nodes].count(name) == 2
 
 
+LOW = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(("own", "autocast"), [LOW, LOW[::-1], LOW[:1] * 2])
+def test_convolutions_of_one_low_dtype_under_autocast_to_another(
+    own: torch.dtype, autocast: torch.dtype, graphs: list[Any]
+) -> None:
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3)).eval(), image()
+    low = copy.deepcopy(model).to(own)
+    with torch.no_grad(), torch.autocast("cpu", dtype=autocast):
+        y = compiled(low)(x.to(own))
+        assert y.dtype == autocast
+        assert difference(y.float(), model(x).float())[0] < 2e-2
+    assert [str(n.target) for n in graphs[-1].nodes].count("pybigmodel.conv_packed.default") == 2
+
+
 def test_options(graphs: list[Any]) -> None:
     model, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 56, 56)
     with torch.no_grad():
@@ -395,7 +411,8 @@ def test_after_optimize(graphs: list[Any], packings: list[Any]) -> None:
             assert difference(run(x), model(x))[0] < 1e-5
     calls = [n for n in graphs[-1].nodes if "pybigmodel" in str(n.target) and n.op[0] == "c"]
     assert [n.target.name() for n in calls] == [
-        *("pybigmodel::conv_packed", "pybigmodel::conv_packed", "pybigmodel::linear_packed")
+        *("pybigmodel::conv_packed", "pybigmodel::conv_packed"),
+        *("pybigmodel::adaptive_avg_pool2d", "pybigmodel::linear_packed"),
     ]
     assert calls[0].args[12] == 1 and len(packings) == 3
 

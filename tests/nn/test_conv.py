@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -273,6 +275,29 @@ def test_changes_are_noticed(change: Any) -> None:
         assert_like(ours(x()), expected)
         if change is not turn:
             assert before[0].shape != expected.shape or difference(before[0], expected)[0] > 1e-3
+
+
+def give_data(layer: Any, weight: Tensor) -> None:
+    layer.weight.data = weight
+
+
+def swap(layer: Any, weight: Tensor) -> None:
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(weight))
+
+
+@pytest.mark.parametrize("give", [give_data, swap])
+@pytest.mark.parametrize("shape", [(12, C, 3, 3), (4, C, 3, 3), (10, C, 1, 3), (10, C, 3, 1)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_another_shape_are_noticed(give: Any, shape: Any, fused: bool) -> None:
+    layer = pbm.nn.Conv2d(C, 10, 3, bias=False).eval()
+    call = pbm.nn.ConvBnAct2d(layer, None, nn.ReLU()).eval() if fused else layer
+    with torch.no_grad():
+        for batch in (1, 2, 1, 2):
+            call(x(batch))
+        give(layer, torch.randn(shape))
+        for batch in (3, 1, 2):  # the first of no known shape
+            expected = F.conv2d(x(batch), layer.weight)
+            assert_like(call(x(batch)), expected.relu() if fused else expected)
 
 
 def test_computed_weights() -> None:
@@ -631,3 +656,37 @@ def test_conv_bn_act_refuses() -> None:
     ours, apart = block()
     with torch.no_grad():
         assert_like(ours(x(), residual), (apart(x()) + residual).relu())
+
+
+def test_float64_behind_a_norm_is_named() -> None:
+    ours, _ = block()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"nn.Conv2d does not compute in .*64"):
+        ours.double()(x().double())
+
+
+def test_exchanged_modules_are_freed() -> None:
+    convolution = pbm.nn.Conv2d(C, N, 3).eval()
+    chain = pbm.nn.ConvBnAct2d(convolution, nn.BatchNorm2d(N), nn.ReLU()).eval()
+    with torch.no_grad():
+        chain(x())
+        old = weakref.ref(chain.norm), weakref.ref(chain.activation)
+        chain.norm, chain.activation = randomised(nn.BatchNorm2d(N)).eval(), nn.SiLU()
+        chain(x())
+        gc.collect()
+        assert [one() for one in old] == [None, None]
+        assert_like(chain(x()), F.silu(chain.norm(convolution(x()))))
+
+
+def test_norms_that_take_turns_are_folded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution, folds = pbm.nn.Conv2d(C, N, 3).eval(), []
+    fold = type(convolution)._folded
+    monkeypatch.setattr(
+        type(convolution), "_folded", lambda *args: (folds.append(1), fold(*args))[1]
+    )
+    norms = [randomised(nn.BatchNorm2d(N)).eval() for _ in range(3)]
+    chains = [pbm.nn.ConvBnAct2d(convolution, norm, nn.ReLU()).eval() for norm in norms]
+    with torch.no_grad():
+        for _ in range(9):
+            for chain, norm in zip(chains, norms, strict=True):
+                assert_like(chain(x()), norm(convolution(x())).relu())
+    assert len(folds) <= 6

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 
 import pybigmodel as pbm
 from pybigmodel.nn import _packing
@@ -131,3 +142,18 @@ def test_a_transform_leaves_no_packed_copy_behind(pair, x) -> None:
     known = dict(_packing._entries)
     grad(loss(ours))(values(ours), x)
     assert _packing._entries == known
+
+
+@pytest.mark.parametrize("kind", ["optimized", "ConvBnAct2d"])
+def test_an_ensemble_of_convolutions_and_norms(kind: str) -> None:
+    parts = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    made = {"optimized": pbm.optimize, "ConvBnAct2d": lambda parts: pbm.nn.ConvBnAct2d(*parts)}
+    models = [made[kind](copy.deepcopy(parts)).eval() for _ in range(2)]
+    with torch.no_grad():
+        for model in models:
+            next(model.parameters()).normal_()
+        states = stack_module_state(models)
+        x = torch.randn(2, 8, 9, 9)
+        y = vmap(lambda *states: functional_call(models[0], states, (x,)))(*states)
+        for model, one in zip(models, y, strict=True):
+            torch.testing.assert_close(one, model(x), rtol=1e-4, atol=1e-5)

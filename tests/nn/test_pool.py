@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,28 @@ def test_copies_and_assigned_attributes() -> None:
     layer.stride = 1
     x = image()
     assert_exact(layer(x), nn.MaxPool2d(3, 1)(x))
+
+
+TWO = np.int64(2)
+FORMS: list[tuple[str, tuple[Any, ...]]] = [
+    ("MaxPool2d", ((3,),)),
+    ("MaxPool2d", ([3], (2,), (1,), (1,))),
+    ("MaxPool2d", (TWO, TWO, 1, TWO)),
+    ("MaxPool2d", ((TWO, 3), ())),
+    ("AvgPool2d", ((3,), (2,), (1,))),
+    ("AvgPool2d", (2, (TWO,))),
+    ("AvgPool2d", (2, ())),
+    ("AdaptiveAvgPool2d", (0,)),
+    ("AdaptiveAvgPool2d", ((0, None),)),
+    ("AdaptiveAvgPool2d", ((TWO, 3),)),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), FORMS)
+def test_arguments_in_the_forms_that_torch_takes(name: str, arguments: tuple[Any, ...]) -> None:
+    ours, torchs = (getattr(module, name)(*arguments) for module in (pbm.nn, nn))
+    for x in (image(), image()[0]):
+        torch.testing.assert_close(ours(x), torchs(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

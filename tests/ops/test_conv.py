@@ -449,6 +449,21 @@ def test_conv_algorithm() -> None:
     ]:
         with pytest.raises(ValueError, match=r"conv_algorithm: .*, got"):
             ops.conv_algorithm(x, w, groups=groups)
+    for options, said in [
+        ({"stride": 0}, r"stride must be at least 1, got \(0, 0\)"),
+        ({"dilation": (1, 0)}, r"dilation must be at least 1, got \(1, 0\)"),
+        ({"padding": -1}, r"padding must be at least 0, got \(-1, -1, -1, -1\)"),
+        ({"dilation": 5}, "the kernel reaches over 11 pixels of an input of 9"),
+    ]:
+        with pytest.raises(ValueError, match=f"conv_algorithm: {said}"):
+            ops.conv_algorithm((1, 3, 9, 9), (4, 3, 3, 3), **options)
+    for x, w in [
+        ((1, 3, -9, 9), (4, 3, 3, 3)),
+        ((1, 3, 9, 9), (4, 3, 0, 3)),
+        ((-1, 3, 9), (4, 3, 3)),
+    ]:
+        with pytest.raises(ValueError, match=r"conv_algorithm: .* must have pixels and taps, got"):
+            ops.conv_algorithm(x, w, padding=2)
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -507,6 +522,22 @@ def test_dimensions_of_the_input(axes: int) -> None:
     for shape in ([4], [2, 4, *[5] * (axes - 1)][: axes + 0], [1, 2, 4, *[5] * axes]):
         with pytest.raises(RuntimeError, match=rf"conv{axes}d: input must have {axes + 1} or"):
             CONV[axes](torch.randn(shape), w)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2"])
+def test_what_no_algorithm_computes_is_named(algorithm: str, grad: bool) -> None:
+    x, w = torch.randn(2, 4, 9, 9), torch.randn(3, 4, 3, 3)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(
+            RuntimeError, match=r"conv: stride must be between 1 and .*, got \(0, 0\)"
+        ):
+            ops.conv2d(x, w, stride=0, algorithm=algorithm)
+        for padding in (1, "same"):
+            with pytest.raises(
+                RuntimeError, match=r"conv2d: weight must have 4 dimensions, .*shape"
+            ):
+                ops.conv2d(x, w[0, 0], padding=padding, algorithm=algorithm)
 
 
 def test_algorithms_that_do_not_compute_it() -> None:

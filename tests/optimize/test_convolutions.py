@@ -448,6 +448,45 @@ def test_layouts_that_the_model_needs_are_kept(
         pbm.optimize(model, example_inputs={"y": x})
 
 
+class Copying(nn.Module):
+    """Writes to what is a copy of an image unless that is in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.conv(x)
+        z = y.permute(0, 2, 3, 1).contiguous()
+        z.mul_(2)
+        x += 1  # what the next run must not see
+        return {"y": self.head(y), "noise": torch.rand(3)}
+
+
+def test_layouts_are_kept_where_results_would_be_others(
+    twice_as_fast: list[nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Copying(), image()
+    before = x.clone()
+    fused = pbm.optimize(model, example_inputs=x)
+    assert "since: in channels_last the model's results differ by" in caplog.text
+    assert type(fused.conv) is pbm.nn.Conv2d
+    with torch.no_grad():
+        assert difference(fused(before.clone())["y"], model(before.clone())["y"])[0] < 1e-5
+
+
+def test_checking_layouts_leaves_no_packed_weights_of_the_other(
+    twice_as_fast: list[nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    fused = pbm.optimize(wide(), example_inputs=torch.randn(2, 64, 16, 16))
+    layers = [layer for layer in fused.modules() if isinstance(layer, pbm.nn.Conv2d)]
+    assert layers and all(layer._channels_last for layer in layers)
+    for layer in layers:
+        copies = [chain._folded.copies for chain in layer._chains.values() if chain._folded]
+        assert len(layer._packed.copies) + sum(map(len, copies)) <= 1
+
+
 def test_layouts_may_be_left_as_they_are() -> None:
     model, x = Flat(), image()
     fused = pbm.optimize(model, channels_last=False)
@@ -580,6 +619,68 @@ def test_in_place_before_a_residual_is_seen() -> None:
     assert not any(row.residual for row in pbm.report(fused))
     with torch.no_grad():
         assert difference(fused(x), model(x))[0] < 1e-5
+
+
+class Beside(nn.Module):
+    """A convolution, and a shortcut that writes to what both are given."""
+
+    def __init__(self, *shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.shortcut = shortcut[0] if len(shortcut) == 1 else nn.Sequential(*shortcut)
+
+
+class BesideAChain(Beside):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        identity = self.shortcut(x)
+        out = out + identity
+        return out
+
+
+class BesideABlock(Beside):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        z = self.shortcut(x)
+        y = y + z
+        return y
+
+
+class BesideAnotherName(Beside):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        out = self.conv(out)
+        identity = self.shortcut(x)
+        out += identity
+        return out
+
+
+@pytest.mark.parametrize("block", [BesideAChain, BesideABlock, BesideAnotherName])
+def test_what_writes_to_the_image_is_not_passed(block: type[Beside]) -> None:
+    x = torch.randn(2, 8, 9, 9)
+    writing = (nn.ReLU(True),), (nn.ReLU(True), nn.Conv2d(8, 8, 1)), (nn.Identity(), nn.ReLU(True))
+    for shortcut in writing:
+        model = randomised(block(*shortcut))
+        fused = pbm.optimize(model)
+        assert not any(row.residual for row in pbm.report(fused))
+        with torch.no_grad():
+            assert difference(fused(x.clone()), model(x.clone()))[0] < 1e-5
+    reading = (
+        (nn.Conv2d(8, 8, 1),),
+        (nn.AvgPool2d(1), nn.ReLU(True)),
+        (nn.Identity(), nn.Identity()),
+    )
+    for shortcut in reading:
+        model = randomised(block(*shortcut))
+        fused = pbm.optimize(model)
+        assert sum(row.residual for row in pbm.report(fused)) == 1
+        with torch.no_grad():
+            assert difference(fused(x.clone()), model(x.clone()))[0] < 1e-5
+            # Looked at at every call.
+            for one in (model, fused):
+                one.shortcut = nn.ReLU(inplace=True)
+            assert difference(fused(x.clone()), model(x.clone()))[0] < 1e-5
 
 
 def test_what_stands_between_and_is_not_apart() -> None:

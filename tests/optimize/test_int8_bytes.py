@@ -380,3 +380,27 @@ def test_calibration_leaves_a_model_as_it_was_where_it_fails() -> None:
     assert not any("_recorder" in vars(m) for m in fast.modules())
     with pytest.raises(ValueError, match="calibrate: model must have int8 convolutions, got none"):
         pbm.calibrate(model, [x])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # no batching rules: torch loops
+def test_under_transforms_they_are_floats() -> None:
+    """torch.func's wrappers do not ask a tensor's class, and would show the codes."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU()), nn.Conv2d(32, 32, 3))
+    x = torch.randn(2, 16, 9, 9)
+    fast = optimized(model.eval(), x)
+    assert list(gives(fast).values()) == ["uint8", None]
+    with torch.no_grad():
+        assert type(fast[0](x)) is Bytes
+        between = torch.func.vmap(lambda x: fast[0](x).amax())(x[None])
+        assert difference(between, model[0](x).amax()[None])[0] < 0.05
+        assert difference(torch.func.vmap(fast)(x[None])[0], model(x))[0] < 0.05
+
+
+def test_a_pooling_of_images_behind_convolutions_of_lines() -> None:
+    """To a pooling of images (N, C, L) is an image without a batch, in bytes as in floats."""
+    layers = (nn.Conv1d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv1d(16, 32, 3))
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 16, 34)
+    fast = optimized(model, x)
+    assert gives(fast)["0"] == "uint8"
+    with torch.no_grad():
+        assert difference(fast(x), model(x))[0] < 0.05

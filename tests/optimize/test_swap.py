@@ -238,3 +238,40 @@ def test_poolings(precision: str) -> None:
         torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
     other = pbm.optimize(model, channels_last=False)
     assert other.greatest(x).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float64}, "the model is torch.float64"),
+        ({"device": "meta"}, "on device meta, for which there is no pooling"),
+    ],
+)
+def test_poolings_that_would_be_torchs(options, reason) -> None:
+    fast = pbm.optimize(Pools().to(**options))
+    rows = {row.path: row for row in pbm.report(fast)}
+    assert rows["greatest"].left == rows["all"].left == reason
+    assert type(fast.greatest) is nn.MaxPool2d
+
+
+def test_poolings_that_turn_out_to_be_torchs(twice_as_fast) -> None:
+    x = torch.randn(1, 8, 9, 9)
+    row = pbm.report(pbm.optimize(nn.Sequential(nn.MaxPool2d(2)), example_inputs=x)).rows[0]
+    assert row.left is None and row.kernel.startswith("pool.")
+    x = x.double()
+    row = pbm.report(pbm.optimize(nn.Sequential(nn.MaxPool2d(2)), example_inputs=x)).rows[0]
+    assert row.left == "what it gets on example_inputs is for torch's alone" and row.kernel is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "right"),
+    [(torch.float32, 1e-3, False), (torch.bfloat16, 1e-3, True), (torch.bfloat16, 1e-1, False)],
+)
+def test_poolings_are_held_to_the_bound_of_what_they_get(
+    dtype, error, right, twice_as_fast, monkeypatch
+) -> None:
+    pooled = pbm.nn.AvgPool2d._of_batch
+    monkeypatch.setattr(pbm.nn.AvgPool2d, "_of_batch", lambda s, x: pooled(s, x) * (1 + error))
+    x = torch.rand(1, 8, 8, 8, dtype=dtype)
+    row = pbm.report(pbm.optimize(nn.Sequential(nn.AvgPool2d(2)), example_inputs=x)).rows[0]
+    assert (row.left is None) == right

@@ -148,8 +148,8 @@ ConvShape transposed_shape(const char* op, const Tensor& input, const Tensor& we
 }
 
 Tensor conv_transpose(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Ints stride,
-                      Ints padding, Ints output_padding, Ints dilation, int64_t groups, int64_t precision,
-                      bool exact, bool channels_last) {
+                      Ints padding, Ints output_padding, Ints dilation, int64_t groups, int64_t precision, bool exact,
+                      bool channels_last) {
   const char* op = "conv_transpose";
   const ConvGeometry g{stride, padding, dilation, groups};
   check_operands(op, input, weight);
@@ -175,8 +175,8 @@ Tensor conv_transpose(const Tensor& input, const Tensor& weight, const std::opti
 
 std::tuple<Tensor, Tensor, Tensor> conv_transpose_backward(const Tensor& grad_output, const Tensor& input,
                                                            const Tensor& weight, Ints stride, Ints padding,
-                                                           Ints dilation, int64_t groups, int64_t precision,
-                                                           bool exact, bool channels_last, bool need_input, bool need_weight,
+                                                           Ints dilation, int64_t groups, int64_t precision, bool exact,
+                                                           bool channels_last, bool need_input, bool need_weight,
                                                            bool need_bias) {
   const char* op = "conv_transpose_backward";
   const ConvGeometry g{stride, padding, dilation, groups};

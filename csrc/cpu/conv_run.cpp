@@ -36,9 +36,10 @@ void run_grid(const ConvShape& s, const Conv& conv, const ConvGrid& grid) {
   const int64_t rows = s.batch * grid.count[0] * grid.count[1] * grid.count[2];
   if (rows == 0) return;
   const Gemm& g = conv.out_rows;
-  const Grid cut = s.groups >= 2 * threads ? Grid{1, 1}
-                                           : direct_grid(rows, grid.count[2], grid.tap_count, panel_groups(conv.c, g.flavour),
-                                                         ceil_div(g.n, kPanel), threads);
+  const Grid cut = s.groups >= 2 * threads
+                       ? Grid{1, 1}
+                       : direct_grid(rows, grid.count[2], grid.tap_count, panel_groups(conv.c, g.flavour),
+                                     ceil_div(g.n, kPanel), threads);
   over_groups(s.groups, cut, rows, grid.count[2], g.n,
               [&](int64_t group, Range r, Range panels) { kernels().conv_direct(conv, grid, group, r, panels); });
 }

@@ -57,7 +57,8 @@ std::vector<Tensor> conv_sequence(std::vector<Tensor> tensors, Ints program, std
   for (const int64_t step : outputs) {
     STD_TORCH_CHECK(step >= 0 && step < static_cast<int64_t>(steps.size()), kOp, ": outputs must be in [0, ",
                     steps.size(), "), got ", step);
-    STD_TORCH_CHECK(last[static_cast<size_t>(step)] != steps.size(), kOp, ": outputs must differ, got ", step, " twice");
+    STD_TORCH_CHECK(last[static_cast<size_t>(step)] != steps.size(), kOp, ": outputs must differ, got ", step,
+                    " twice");
     last[static_cast<size_t>(step)] = steps.size();
   }
   std::vector<std::optional<Tensor>> at(tensors.begin(), tensors.end());

@@ -45,7 +45,7 @@ template <class F>
 void for_each_item(int64_t count, const F& f) {
   std::atomic<int64_t> next = 0;
   const int64_t threads = torch::stable::get_num_threads();
-  parallel(count < threads ? (count > 0 ? count : 1) : threads, [&](int64_t, int64_t) {
+  parallel(count < threads ? (count > 0 ? count : 1) : threads, [&](int64_t) {
     for (int64_t i = next++; i < count; i = next++) f(i);
   });
 }

@@ -38,12 +38,7 @@ void add_parts(const Tensor& parts, const Tensor& out) {
   const int64_t n = out.numel();
   const ColumnSum s{parts.size(0), n, parts.mutable_data_ptr(), DType::f32, n, out.mutable_data_ptr(), dtype_of(out)};
   const int64_t threads = torch::stable::get_num_threads();
-  parallel(threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range c = part(n, kPanel, threads, i);
-      kernels().column_sum(s, c.begin, c.end);
-    }
-  });
+  over_parts(n, kPanel, threads, [&](Range c) { kernels().column_sum(s, c.begin, c.end); });
 }
 
 void check_saved(const char* op, const Saved& s, const AttentionProblem& p) {

@@ -69,7 +69,7 @@ void run_attention_decode(const AttentionDecode& p, const std::vector<int64_t>& 
   for (size_t g = 0; g < plan.groups.size(); g++) left[g].store(plan.groups[g].count, std::memory_order_relaxed);
   const Kernels& kernel = kernels();
   std::atomic<int64_t> next = 0;
-  parallel(threads_for(p, plan), [&](int64_t, int64_t) {
+  parallel(threads_for(p, plan), [&](int64_t) {
     for (int64_t i = next++; i < count;) {
       const int64_t after = next++;
       kernel.attention_decode(p, plan.items[i], after < count ? &plan.items[after] : nullptr);
@@ -268,14 +268,9 @@ void append(const Append& to, const Slots& slots) {
   const int64_t heads = x.size(1), queries = x.size(2), count = x.size(0) * heads * queries;
   void* cache = const_cast<void*>(data_of("cache", to.cache));
   float* scale = to.scale ? static_cast<float*>(const_cast<void*>(data_of("scale", *to.scale))) : nullptr;
-  // Below 64 Ki elements waking the other threads takes longer than the work.
-  const int64_t parts = count * x.size(3) > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      const Range r = part(count, 1, parts, p);
-      for (int64_t n = r.begin; n < r.end; n++)
-        append_token(to, slots, n / (heads * queries), n / queries % heads, n % queries, cache, scale);
-    }
+  over_parts(count, 1, threads_worth(count * x.size(3)), [&](Range r) {
+    for (int64_t n = r.begin; n < r.end; n++)
+      append_token(to, slots, n / (heads * queries), n / queries % heads, n % queries, cache, scale);
   });
 }
 

@@ -92,6 +92,8 @@ ImageView image_of(const char* name, const Tensor& tensor, const int64_t* size, 
                    int64_t after = 0, bool touching = false);
 // The tensor, or a copy whose pixels lie at one distance.
 Tensor dense(const Tensor& t);
+// The tensor, or a copy that has a contiguous axis among channels and w, from which rows of pixels can be copied.
+Tensor regular(const Tensor& t, const int64_t* size);
 // Channels-last pixels to a tensor of other strides.
 void copy_image(const Tensor& from, const Tensor& to, const int64_t* size);
 
@@ -100,11 +102,8 @@ template <class F>
 void in_parallel(int64_t count, const F& f) {
   const int64_t threads = torch::stable::get_num_threads(), parts = count < threads ? count : threads;
   if (count == 0) return;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(count, 1, parts, i);
-      for (int64_t at = r.begin; at < r.end; at++) f(at);
-    }
+  over_parts(count, 1, parts, [&](Range r) {
+    for (int64_t at = r.begin; at < r.end; at++) f(at);
   });
 }
 
@@ -138,6 +137,7 @@ struct EpilogueImages {
   ImageView residual;
 };
 EpilogueImages set_epilogue(Gemm* g, const ConvEpilogue& epilogue, const int64_t (&size)[3]);
+ConvWindow window_of(const ConvShape& shape);  // along h and w
 // Without weight, output and epilogue; the input with contiguous rows of pixels.
 ConvPlanes planes_of(const ConvShape& shape, const Tensor& input);
 Tensor in_planes(const Tensor& t);

@@ -31,14 +31,9 @@ constexpr int64_t kPixelsARow = 16;
 void sum_pixels(const ColumnSum& s, float* out) {
   const int64_t wide = s.columns * kPixelsARow, rest = s.rows % kPixelsARow;
   std::vector<float> sums(static_cast<size_t>(wide)), last(static_cast<size_t>(s.columns));
-  const int64_t parts = s.rows * s.columns > 65536 ? torch::stable::get_num_threads() : 1;
   const ColumnSum rows{s.rows / kPixelsARow, wide, s.x, s.dtype, wide, sums.data(), DType::f32};
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range c = part(wide, kPanel, parts, i);
-      kernels().column_sum(rows, c.begin, c.end);
-    }
-  });
+  over_parts(wide, kPanel, threads_worth(s.rows * s.columns),
+             [&](Range c) { kernels().column_sum(rows, c.begin, c.end); });
   const char* x = static_cast<const char*>(s.x) + (s.rows - rest) * s.columns * size_of(s.dtype);
   kernels().column_sum({rest, s.columns, x, s.dtype, s.columns, last.data(), DType::f32}, 0, s.columns);
   for (int64_t c = 0; c < s.columns; c++) {
@@ -69,13 +64,8 @@ Tensor bias_gradient(const Tensor& grad_output) {
     sum_pixels(s, static_cast<float*>(out.mutable_data_ptr()));
     return out;
   }
-  const int64_t parts = rows * channels > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range c = part(channels, kPanel, parts, i);
-      kernels().column_sum(s, c.begin, c.end);
-    }
-  });
+  over_parts(channels, kPanel, threads_worth(rows * channels),
+             [&](Range c) { kernels().column_sum(s, c.begin, c.end); });
   return out;
 }
 

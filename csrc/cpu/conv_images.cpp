@@ -23,12 +23,16 @@ void run_copy(const ConvCopy& p) {
   const int64_t rows = p.batch * p.size[0] * p.size[1];
   const int64_t values = rows * p.size[2] * p.channels;
   if (values == 0) return;
-  const int64_t parts = values > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(rows, 1, parts, i);
-      kernels().conv_copy(p, r.begin, r.end);
-    }
+  const int64_t threads = threads_worth(values);
+  if (rows >= threads) return over_parts(rows, 1, threads, [&](Range r) { kernels().conv_copy(p, r.begin, r.end); });
+  over_parts(p.size[2], kPanel, threads, [&](Range w) {
+    ConvCopy some = p;
+    some.x = static_cast<const char*>(p.x) + w.begin * p.x_stride[2] * size_of(p.x_dtype);
+    some.out = static_cast<char*>(p.out) + w.begin * p.out_stride[2] * size_of(p.out_dtype);
+    some.size[2] = w.end - w.begin;
+    if (w.begin > 0) some.zeros_before = 0;
+    if (w.end < p.size[2]) some.zeros_after = 0;
+    kernels().conv_copy(some, 0, rows);
   });
 }
 
@@ -48,14 +52,13 @@ ConvCopy copy_from(const char* name, const Tensor& t, const int64_t* size) {
   return p;
 }
 
-// Whether rows of pixels can be copied from it: a contiguous axis among channels and w.
+}  // namespace
+
 Tensor regular(const Tensor& t, const int64_t* size) {
   const Strides s = strides_of(t);
   const bool fine = s.channel == 1 || s.spatial[2] == 1 || t.size(1) == 1 || size[2] == 1;
   return fine ? t : torch::stable::contiguous(t);
 }
-
-}  // namespace
 
 ImageView image_of(const char* name, const Tensor& tensor, const int64_t* sizes, DType dtype, int64_t before,
                    int64_t after, bool touching) {

@@ -15,17 +15,15 @@ const void* zeros(int64_t bytes) {
   return many.data();
 }
 
-// Threads over rows, cut at multiples of a unit, and panels of every group.
+// Threads over rows and panels of every group.
 template <class F>
-void over_groups(int64_t groups, Grid grid, int64_t rows, int64_t unit, int64_t n, const F& f) {
+void over_groups(int64_t groups, Grid grid, int64_t rows, int64_t n, const F& f) {
   const int64_t each = grid.m * grid.n;
-  parallel(groups * each, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(rows, unit, grid.m, i % each / grid.n);
-      const Range columns = part(n, kPanel, grid.n, i % grid.n);
-      const Range panels = {columns.begin / kPanel, ceil_div(columns.end, kPanel)};
-      if (r.begin < r.end && panels.begin < panels.end) f(i / each, r, panels);
-    }
+  parallel(groups * each, [&](int64_t i) {
+    const Range r = part(rows, 1, grid.m, i % each / grid.n);
+    const Range columns = part(n, kPanel, grid.n, i % grid.n);
+    const Range panels = {columns.begin / kPanel, ceil_div(columns.end, kPanel)};
+    if (r.begin < r.end && panels.begin < panels.end) f(i / each, r, panels);
   });
 }
 
@@ -36,12 +34,14 @@ void run_grid(const ConvShape& s, const Conv& conv, const ConvGrid& grid) {
   const int64_t rows = s.batch * grid.count[0] * grid.count[1] * grid.count[2];
   if (rows == 0) return;
   const Gemm& g = conv.out_rows;
+  const RowCut pieces(grid.count[2]);
   const Grid cut = s.groups >= 2 * threads
                        ? Grid{1, 1}
-                       : direct_grid(rows, grid.count[2], grid.tap_count, panel_groups(conv.c, g.flavour),
+                       : direct_grid(rows, pieces.piece, grid.tap_count, panel_groups(conv.c, g.flavour),
                                      ceil_div(g.n, kPanel), threads);
-  over_groups(s.groups, cut, rows, grid.count[2], g.n,
-              [&](int64_t group, Range r, Range panels) { kernels().conv_direct(conv, grid, group, r, panels); });
+  over_groups(s.groups, cut, pieces.of(rows), g.n, [&](int64_t group, Range r, Range panels) {
+    kernels().conv_direct(conv, grid, group, {pieces.begin(r.begin), pieces.begin(r.end)}, panels);
+  });
 }
 
 void run_direct(const ConvShape& s, Conv conv, bool rows) {
@@ -72,7 +72,7 @@ void run_winograd(const ConvShape& s, const Conv& conv, int m) {
   const int64_t tiles = s.batch * ceil_div(s.out(1), m) * ceil_div(s.out(2), m);
   const int64_t threads = torch::stable::get_num_threads();
   const Grid cut = s.groups >= 2 * threads ? Grid{1, 1} : winograd_grid(s, m, threads);
-  over_groups(s.groups, cut, tiles, 1, s.n,
+  over_groups(s.groups, cut, tiles, s.n,
               [&](int64_t group, Range r, Range panels) { kernels().conv_winograd(p, group, r, panels); });
 }
 
@@ -82,15 +82,8 @@ void run_depthwise(const Depthwise& p) {
   const Conv& c = p.conv;
   const int64_t rows = c.batch * c.out[0] * c.out[1], blocks = ceil_div(c.groups, kPanel);
   const int64_t values = rows * c.out[2] * c.groups * c.taps;
-  const int64_t threads = values > 65536 ? torch::stable::get_num_threads() : 1;
-  const bool by_rows = ceil_div(rows, threads) * blocks <= ceil_div(blocks, threads) * rows;
-  parallel(threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = by_rows ? part(rows, 1, threads, i) : Range{0, rows};
-      const Range b = by_rows ? Range{0, blocks} : part(blocks, 1, threads, i);
-      kernels().conv_depthwise(p, r, b);
-    }
-  });
+  over_rows_or_channels(rows, blocks, 1, threads_worth(values),
+                        [&](Range r, Range some) { kernels().conv_depthwise(p, r, some); });
 }
 
 Depthwise depthwise_of(const ConvShape& s, const Conv& conv, DType dtype) {
@@ -128,9 +121,13 @@ Conv conv_over(const ConvShape& s, int64_t c, int64_t n, Flavour flavour, const 
   return conv;
 }
 
+ConvWindow window_of(const ConvShape& s) {
+  return {s.kernel[1], s.kernel[2], s.stride[1], s.stride[2], s.pad[1], s.pad[2], s.dilation[1], s.dilation[2]};
+}
+
 ConvPlanes planes_of(const ConvShape& s, const Tensor& input) {
   const Strides strides = strides_of(input);
-  ConvPlanes p{};
+  ConvPlanes p{window_of(s)};
   p.c = s.c;
   p.n = s.n;
   p.dtype = dtype_of(input);
@@ -140,13 +137,6 @@ ConvPlanes planes_of(const ConvShape& s, const Tensor& input) {
   p.x_batch = strides.batch;
   p.x_channel = strides.channel;
   p.x_row = strides.spatial[1];
-  p.kernel_h = s.kernel[1];
-  p.kernel_w = s.kernel[2];
-  p.stride_h = s.stride[1];
-  p.pad_h = s.pad[1];
-  p.pad_w = s.pad[2];
-  p.dilation_h = s.dilation[1];
-  p.dilation_w = s.dilation[2];
   p.out_h = s.out(1);
   p.out_w = s.out(2);
   return p;
@@ -181,13 +171,10 @@ static Tensor run_planes(const Tensor& input, const ConvShape& s, const Tensor& 
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t cuts = s.batch < 2 * threads && s.pixels() > 1024 ? ceil_div(2 * threads, s.batch) : 1;
   const int64_t parts = s.batch * cuts < threads ? s.batch * cuts : threads;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range items = part(s.batch * cuts, 1, parts, i);
-      for (int64_t item = items.begin; item < items.end; item++) {
-        const Range rows = part(p.out_h, 1, cuts, item % cuts);
-        if (rows.begin < rows.end) kernels().conv_planes(p, item / cuts, rows);
-      }
+  over_parts(s.batch * cuts, 1, parts, [&](Range items) {
+    for (int64_t item = items.begin; item < items.end; item++) {
+      const Range rows = part(p.out_h, 1, cuts, item % cuts);
+      if (rows.begin < rows.end) kernels().conv_planes(p, item / cuts, rows);
     }
   });
   if (!channels_last || s.n == 1 || s.pixels() == s.batch) return out;

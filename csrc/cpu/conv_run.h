@@ -27,6 +27,17 @@ struct OutputImage {
   bool turned;
 };
 
+// f(rows, channels) over threads: rows cut or channels, at multiples of a unit, whichever gives the fullest thread less.
+template <class F>
+void over_rows_or_channels(int64_t rows, int64_t channels, int64_t unit, int64_t threads, const F& f) {
+  const int64_t blocks = ceil_div(channels, unit);
+  const bool by_rows = ceil_div(rows, threads) * blocks <= ceil_div(blocks, threads) * rows;
+  if (by_rows)
+    over_parts(rows, 1, threads, [&](Range r) { f(r, {0, channels}); });
+  else
+    over_parts(channels, unit, threads, [&](Range c) { f({0, rows}, c); });
+}
+
 // c and n: channels of a group, in and out.
 Conv conv_over(const ConvShape& s, int64_t c, int64_t n, Flavour flavour, const ConvImage& x, const OutputImage& out);
 void run_grid(const ConvShape& s, const Conv& conv, const ConvGrid& grid);

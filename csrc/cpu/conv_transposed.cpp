@@ -104,9 +104,10 @@ bool as_convolution(const ConvShape& s, const int64_t (&size)[3], ConvShape* tur
 
 // Rows of taps, channels side by side, as the lanes: where channels alone would leave most of them empty.
 bool may_spread(const ConvShape& s, Flavour flavour) {
-  return flavour == Flavour::f32 && s.groups == 1 && s.in[0] == 1 && s.kernel[0] == 1 && s.stride[0] == 1 &&
-         s.pad[0] == 0 && s.pad_end[0] == 0 && s.dilation[2] == 1 && s.c > 0 && s.c < kPanel && s.kernel[2] > 1 &&
-         s.kernel[2] * s.c <= kSpreadVectors * kPanel;
+  constexpr int64_t kLongest = 4096;  // of a row of pixels, whose products lie beside each other before they are summed
+  return s.out(2) <= kLongest && flavour == Flavour::f32 && s.groups == 1 && s.in[0] == 1 && s.kernel[0] == 1 &&
+         s.stride[0] == 1 && s.pad[0] == 0 && s.pad_end[0] == 0 && s.dilation[2] == 1 && s.c > 0 && s.c < kPanel &&
+         s.kernel[2] > 1 && s.kernel[2] * s.c <= kSpreadVectors * kPanel;
 }
 
 // Pixels as the lanes instead; they multiply the zeros around the image too.
@@ -130,30 +131,17 @@ std::vector<float> pack_for_spread(const ConvShape& s, const Filters& f) {
 
 void transposed_spread(const ConvShape& s, const ConvImage& dy, const Filters& f, const Tensor& out) {
   const std::vector<float> packed = pack_for_spread(s, f);
-  ConvSpread p{};
+  ConvSpread p{window_of(s)};
   p.n = s.n;
   p.c = s.c;
   p.dy = dy;
-  p.kernel_h = s.kernel[1];
-  p.kernel_w = s.kernel[2];
-  p.stride_h = s.stride[1];
-  p.stride_w = s.stride[2];
-  p.pad_h = s.pad[1];
-  p.pad_w = s.pad[2];
-  p.dilation_h = s.dilation[1];
   p.weight = packed.data();
   p.out = out.mutable_data_ptr();
   p.dtype = dtype_of(out);
   p.out_h = s.in[1];
   p.out_w = s.in[2];
   const int64_t rows = s.batch * p.out_h, products = s.batch * dy.size[1] * dy.size[2] * s.taps() * s.n * s.c;
-  const int64_t parts = products > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(rows, 1, parts, i);
-      kernels().conv_spread(p, r.begin, r.end);
-    }
-  });
+  over_parts(rows, 1, threads_worth(products), [&](Range r) { kernels().conv_spread(p, r.begin, r.end); });
 }
 
 }  // namespace
@@ -198,12 +186,7 @@ Tensor run_transposed(const Tensor& input, const ConvShape& s, Flavour flavour, 
   const DType dtype = depthwise ? dtype_of(input) : flavour == Flavour::f32 ? DType::f32 : DType::bf16;
   const ImageView x = image_of("input", input, size, dtype);
   Conv conv = conv_over(s, s.n, s.c, depthwise ? Flavour::f32 : flavour, x.image, out);
-  Tensor kept;
-  if (bias) {
-    kept = as_contiguous(*bias);
-    conv.out_rows.bias = data_of("bias", kept);
-    conv.out_rows.bias_dtype = dtype_of(kept);
-  }
+  const EpilogueImages kept = set_epilogue(&conv.out_rows, {bias, std::nullopt}, s.in);
   if (depthwise) {
     transposed_depthwise(s, conv, swapped, dtype);
   } else {

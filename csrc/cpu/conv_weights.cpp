@@ -36,15 +36,11 @@ Tensor rows_of_filters(const ConvShape& s, const Filters& f, Runs runs) {
   const int64_t sizes[2] = {s.n_all(), s.taps() / runs.taps * runs.padded};
   Tensor out = empty_cpu(sizes, 2, scalar_of(f.dtype));
   void* data = out.mutable_data_ptr();
-  const int64_t parts = sizes[0] * sizes[1] > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(sizes[0], 1, parts, i);
-      switch (size_of(f.dtype)) {
-        case 4: copy_filters(s, f, runs, r, static_cast<float*>(data)); break;
-        case 2: copy_filters(s, f, runs, r, static_cast<uint16_t*>(data)); break;
-        default: copy_filters(s, f, runs, r, static_cast<int8_t*>(data));
-      }
+  over_parts(sizes[0], 1, threads_worth(sizes[0] * sizes[1]), [&](Range r) {
+    switch (size_of(f.dtype)) {
+      case 4: copy_filters(s, f, runs, r, static_cast<float*>(data)); break;
+      case 2: copy_filters(s, f, runs, r, static_cast<uint16_t*>(data)); break;
+      default: copy_filters(s, f, runs, r, static_cast<int8_t*>(data));
     }
   });
   return out;
@@ -55,17 +51,14 @@ void pack_panels(const ConvShape& s, Flavour flavour, const Tensor& rows, int64_
   const bool sums = flavour == Flavour::u8s8;
   const int64_t panels = ceil_div(s.n, kPanel), bytes = panels * (panel_groups(k, flavour) + sums) * kGroupBytes;
   const int64_t all = s.groups * panels, parts = all * k > 4096 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(all, 1, parts, i);
-      for (int64_t panel = r.begin; panel < r.end;) {
-        const int64_t group = panel / panels, first = panel % panels;
-        const int64_t last = r.end - group * panels < panels ? r.end - group * panels : panels;
-        const char* b = static_cast<const char*>(rows.const_data_ptr()) + group * s.n * k * size_of(dtype_of(rows));
-        const PackB p{s.n, k, flavour, b, dtype_of(rows), 1, k, sums, out + group * bytes};
-        kernels().pack_b(p, first, last);
-        panel = group * panels + last;
-      }
+  over_parts(all, 1, parts, [&](Range r) {
+    for (int64_t panel = r.begin; panel < r.end;) {
+      const int64_t group = panel / panels, first = panel % panels;
+      const int64_t last = r.end - group * panels < panels ? r.end - group * panels : panels;
+      const char* b = static_cast<const char*>(rows.const_data_ptr()) + group * s.n * k * size_of(dtype_of(rows));
+      const PackB p{s.n, k, flavour, b, dtype_of(rows), 1, k, sums, out + group * bytes};
+      kernels().pack_b(p, first, last);
+      panel = group * panels + last;
     }
   });
 }
@@ -85,12 +78,7 @@ void pack_for_winograd(const ConvShape& s, const Filters& f, int m, float* out) 
   }
   const int64_t panels = s.groups * ceil_div(s.n, kPanel);
   const int64_t parts = panels * s.c > 64 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(panels, 1, parts, i);
-      kernels().pack_winograd(p, r.begin, r.end);
-    }
-  });
+  over_parts(panels, 1, parts, [&](Range r) { kernels().pack_winograd(p, r.begin, r.end); });
 }
 
 void pack_for_planes(const ConvShape& s, const Filters& f, float* out) {

@@ -91,13 +91,11 @@ Tensor without_gaps(const Tensor& t) {
 // Scale and zero point of the whole tensor; a scale of NaN where a value is not finite.
 Quantised dynamic(const Tensor& input) {
   const Tensor x = without_gaps(input);
-  const int64_t count = x.numel(), parts = count > 65536 ? torch::stable::get_num_threads() : 1;
+  const int64_t count = x.numel(), parts = threads_worth(count);
   std::vector<ValueRange> ranges(static_cast<size_t>(parts));
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(count, 1, parts, i);
-      ranges[static_cast<size_t>(i)] = kernels().value_range(data_of("input", x), dtype_of(x), r.begin, r.end);
-    }
+  parallel(parts, [&](int64_t i) {
+    const Range r = part(count, 1, parts, i);
+    ranges[static_cast<size_t>(i)] = kernels().value_range(data_of("input", x), dtype_of(x), r.begin, r.end);
   });
   float low = 0, high = 0;
   bool finite = true;
@@ -131,8 +129,7 @@ struct Bytes {
     }
     // Few lanes a tap: a row of taps as one keeps the tile busy between two of them.
     rows = s.c <= 16 && s.groups == 1 && s.kernel[2] > 1 && s.dilation[2] == 1;
-    const bool regular = strides.channel == 1 || one || strides.spatial[2] == 1 || s.in[2] == 1;
-    const Tensor from = regular ? input : torch::stable::contiguous(input);
+    const Tensor from = regular(input, s.in);
     const Strides f = strides_of(from);
     QuantizeImage p{};
     p.batch = s.batch;
@@ -159,13 +156,8 @@ struct Bytes {
     tensor = empty_cpu(&bytes, 1, ScalarType::Byte);
     p.out = static_cast<char*>(tensor.mutable_data_ptr());
     image.data = p.out;
-    const int64_t lines = s.batch * s.in[0] * s.in[1], parts = bytes > 32768 ? torch::stable::get_num_threads() : 1;
-    parallel(parts, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const Range r = part(lines, 1, parts, i);
-        kernels().quantize_image(p, r.begin, r.end);
-      }
-    });
+    over_parts(s.batch * s.in[0] * s.in[1], 1, threads_worth(2 * bytes),
+               [&](Range r) { kernels().quantize_image(p, r.begin, r.end); });
   }
 };
 

@@ -67,13 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& input, bool 
   r.q = q.mutable_data_ptr();
   r.scale = static_cast<float*>(scale.mutable_data_ptr());
   r.zero_point = static_cast<int32_t*>(zero_point.mutable_data_ptr());
-  const int64_t parts = x.rows * x.columns > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range rows = part(x.rows, 1, parts, i);
-      kernels().quantize_rows(r, rows.begin, rows.end);
-    }
-  });
+  over_parts(x.rows, 1, threads_worth(x.rows * x.columns),
+             [&](Range rows) { kernels().quantize_rows(r, rows.begin, rows.end); });
   return {q, scale, zero_point};
 }
 

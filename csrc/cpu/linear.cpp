@@ -75,13 +75,8 @@ Tensor bias_gradient(const RowView& dy) {
   Tensor out = empty_cpu(&dy.columns, 1, ScalarType::Float);
   const ColumnSum s{dy.rows,      dy.columns, dy.data, dtype_of(dy.tensor), dy.row_stride, out.mutable_data_ptr(),
                     dtype_of(out)};
-  const int64_t parts = dy.rows * dy.columns > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range c = part(dy.columns, kPanel, parts, i);
-      kernels().column_sum(s, c.begin, c.end);
-    }
-  });
+  over_parts(dy.columns, kPanel, threads_worth(dy.rows * dy.columns),
+             [&](Range c) { kernels().column_sum(s, c.begin, c.end); });
   return out;
 }
 
@@ -101,13 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
 
 void pack_all(PackB p) {
   const int64_t panels = ceil_div(p.n, kPanel);
-  const int64_t parts = p.n * p.k > 65536 ? torch::stable::get_num_threads() : 1;
-  parallel(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = part(panels, 1, parts, i);
-      kernels().pack_b(p, r.begin, r.end);
-    }
-  });
+  over_parts(panels, 1, threads_worth(p.n * p.k), [&](Range r) { kernels().pack_b(p, r.begin, r.end); });
 }
 
 Tensor pack_linear_weight(const Tensor& weight, int64_t precision) {

@@ -81,16 +81,8 @@ bool are_shared(const Spans& rows, const Spans& columns) {
 }
 
 void run_pool(const Pool& p, int64_t rows, int64_t values) {
-  const int64_t lanes = 64 / size_of(p.dtype), blocks = ceil_div(p.channels, lanes);
-  const int64_t threads = values > 65536 ? torch::stable::get_num_threads() : 1;
-  const bool by_rows = ceil_div(rows, threads) * blocks <= ceil_div(blocks, threads) * rows;
-  parallel(threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range r = by_rows ? part(rows, 1, threads, i) : Range{0, rows};
-      const Range c = by_rows ? Range{0, p.channels} : part(p.channels, lanes, threads, i);
-      if (r.begin < r.end && c.begin < c.end) kernels().pool(p, r, c);
-    }
-  });
+  over_rows_or_channels(rows, p.channels, 64 / size_of(p.dtype), threads_worth(values),
+                        [&](Range r, Range channels) { kernels().pool(p, r, channels); });
 }
 
 Tensor pooled(const Tensor& input, bool average, const Spans (&spans)[2], const int64_t (&step)[2], int64_t divisor,

@@ -95,13 +95,14 @@ inline Tensor output_like(const Tensor& input, int64_t n) {
   return empty_cpu(sizes, dim, input.scalar_type());
 }
 
+// f(i) for each i < count, over the threads.
 template <class F>
 void parallel(int64_t count, const F& f) {
-  if (count == 1) return f(int64_t{0}, int64_t{1});
+  if (count == 1) return f(int64_t{0});
   std::atomic<bool> out_of_memory = false;  // an exception would lose its text on the way through torch's C interface
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     try {
-      f(begin, end);
+      for (int64_t i = begin; i < end; i++) f(i);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
@@ -109,15 +110,25 @@ void parallel(int64_t count, const F& f) {
   STD_TORCH_CHECK(!out_of_memory, "pybigmodel: not enough memory to prepare the operands of a product");
 }
 
+// f(range) of so many parts of 0 … count, cut at multiples of a unit, over the threads.
+template <class F>
+void over_parts(int64_t count, int64_t unit, int64_t parts, const F& f) {
+  parallel(parts, [&](int64_t i) {
+    const Range r = part(count, unit, parts, i);
+    if (r.begin < r.end) f(r);
+  });
+}
+
+// One where waking the others takes longer than a pass over so many values.
+inline int64_t threads_worth(int64_t values) { return values > 65536 ? torch::stable::get_num_threads() : 1; }
+
 inline void run_gemm(const Gemm& g) {
   if (g.m == 0 || g.n == 0) return;
   const Kernels& k = kernels();
   const Grid grid = partition(g, torch::stable::get_num_threads());
-  parallel(grid.m * grid.n, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Range m = part(g.m, 1, grid.m, i / grid.n), n = part(g.n, kPanel, grid.n, i % grid.n);
-      if (m.begin < m.end && n.begin < n.end) k.gemm(g, m, n);
-    }
+  parallel(grid.m * grid.n, [&](int64_t i) {
+    const Range m = part(g.m, 1, grid.m, i / grid.n), n = part(g.n, kPanel, grid.n, i % grid.n);
+    if (m.begin < m.end && n.begin < n.end) k.gemm(g, m, n);
   });
 }
 

@@ -34,19 +34,12 @@ _make_subclass = Tensor._make_subclass
 NOT_QUANTISED = (0.0, 0)
 
 
-class Image(Tensor):
-    """What one int8 convolution gives to others."""
-
-    def taken(self) -> tuple[Tensor, tuple[float, int]]:
-        """For an int8 convolution: the tensor, its scale and zero point (a scale of 0: floats)."""
-        raise NotImplementedError
-
-    def pooled(self, greatest: Callable[[Tensor], Tensor]) -> Tensor:
-        """By a pooling that gives some of the values: codes are in their order."""
-        raise NotImplementedError
+# What one int8 convolution gives to others. For an int8 convolution `taken` is the tensor, its scale
+# and zero point (a scale of 0: floats); `pooled` is the result of a pooling that gives some of the
+# values: codes are in their order.
 
 
-class Bytes(Image):
+class Bytes(Tensor):
     """``scale·(codes − zero_point)``, float32 to all but int8 convolutions."""
 
     codes: Tensor
@@ -86,7 +79,7 @@ class Bytes(Image):
         return _called(func, args, kwargs, lambda image: image.as_floats())
 
 
-class Seen(Image):
+class Seen(Tensor):
     """Floats, and the recorder that wants to know who takes them."""
 
     plain: Tensor
@@ -121,7 +114,7 @@ class Seen(Image):
 
 def _called(func: Any, args: Any, kwargs: Any, plain: Callable[[Any], Tensor]) -> Any:
     args, kwargs = tree_map(
-        lambda value: plain(value) if isinstance(value, Image) else value, (args, kwargs or {})
+        lambda value: plain(value) if type(value) in IMAGES else value, (args, kwargs or {})
     )
     return func(*args, **kwargs)
 

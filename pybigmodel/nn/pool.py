@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ class _Pool(nn.Module):
             return self._of_batch(input.unsqueeze(0)).squeeze(0)
         return self._of_batch(input)
 
+    @abstractmethod
     def _of_batch(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of a batch, by the layer's op."""
 
     def _of_image(self, input: Any) -> Any:
         """Of what one int8 convolution gives to others: as floats."""

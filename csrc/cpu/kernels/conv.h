@@ -30,6 +30,26 @@ struct ConvGrid {
   int64_t tap_count;
 };
 
+// How a grid's rows of pixels are cut over threads and blocks: whole, or in pieces where they are long, so that what is
+// made for one stays small.
+struct RowCut {
+  int64_t across, piece;
+
+  explicit RowCut(int64_t across) : across(across), piece(across > 1024 ? 144 : across) {}
+  bool is_long() const { return piece < across; }
+  // The pieces of so many pixels, and where one begins.
+  int64_t of(int64_t pixels) const { return pixels / across * pieces(); }
+  int64_t begin(int64_t i) const { return i / pieces() * across + i % pieces() * piece; }
+  // Pixels from this one to the end of its piece.
+  int64_t left(int64_t pixel) const {
+    const int64_t at = pixel % across, in_piece = piece - at % piece;
+    return in_piece < across - at ? in_piece : across - at;
+  }
+
+ private:
+  int64_t pieces() const { return ceil_div(across, piece); }
+};
+
 struct Conv {
   int64_t batch, groups;
   int64_t c;    // input channels of a group
@@ -95,13 +115,17 @@ struct WeightSum {
   int64_t sum_row;
 };
 
+// A kernel that moves along h and w.
+struct ConvWindow {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
 // Few channels in planes (N, C, H, W); stride 1 along w; groups 1. Strides in elements, pixels of a row contiguous.
-struct ConvPlanes {
+struct ConvPlanes : ConvWindow {
   int64_t c, n;
   DType dtype;  // of x, out and residual
   const void* x;
   int64_t h, w, x_batch, x_channel, x_row;
-  int64_t kernel_h, kernel_w, stride_h, pad_h, pad_w, dilation_h, dilation_w;
   const float* weight;  // [eight filters][c][tap][8]
   void* out;            // dense
   int64_t out_h, out_w;
@@ -115,10 +139,9 @@ struct ConvPlanes {
 // A transposed convolution to few channels, along h and w: pixel i of dy gives to the outputs i·stride − pad +
 // tap·dilation, with dilation 1 along w; groups 1.
 constexpr int64_t kSpreadVectors = 3;  // of a row of taps, kernel_w·c lanes
-struct ConvSpread {
-  int64_t n, c;  // channels in and out
-  ConvImage dy;  // in fp32
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h;
+struct ConvSpread : ConvWindow {
+  int64_t n, c;         // channels in and out
+  ConvImage dy;         // in fp32
   const float* weight;  // [tap row][n][vectors of (tap, c)], filled up with zeros
   void* out;            // dense, channels innermost
   DType dtype;

@@ -2,6 +2,7 @@
 // (Dukhan, "The Indirect Convolution Algorithm", 2019), and the register tile takes its rows from there.
 #include "common/scratch.h"
 #include "cpu/kernels/conv_rows.h"
+#include "cpu/kernels/conv_table.h"
 
 namespace pbm::PBM_TIER {
 namespace {
@@ -12,113 +13,8 @@ constexpr int64_t kBlockRows = 144;
 constexpr int64_t sum_lanes(Flavour f) { return f == Flavour::bf16 && PBM_TIER_LEVEL < 3 ? 128 : 256; }
 // Weights that one block of rows meets before the next part of them: they stay in L2.
 constexpr int64_t kWeightBytes = int64_t{320} << 10;
-
-// Consecutive pixels of a grid, as indices of their axes.
-struct Pixels {
-  int64_t batch, at[3];
-
-  static Pixels from(const ConvGrid& grid, int64_t row) {
-    Pixels p;
-    for (int axis = 2; axis >= 0; axis--) {
-      p.at[axis] = row % grid.count[axis];
-      row /= grid.count[axis];
-    }
-    p.batch = row;
-    return p;
-  }
-  void next(const ConvGrid& grid) {
-    for (int axis = 2; axis >= 0; axis--) {
-      if (++at[axis] < grid.count[axis]) return;
-      at[axis] = 0;
-    }
-    batch++;
-  }
-};
 // Weights that every tile may read anew: they stay in L1, or nearly.
 constexpr int64_t kShortWeights = int64_t{64} << 10;
-
-// From one group's channels to the next's.
-int64_t group_bytes(const Conv& conv) {
-  const Flavour f = conv.out_rows.flavour;
-  return f == Flavour::u8s8 ? panel_groups(conv.c, f) * lane_bytes(f) : conv.c * (4 / k_per_lane(f));
-}
-
-// Where the taps of rows [begin, end) read the group's channels, table[row][tap], and whether all are in the image.
-class Table {
- public:
-  Table(const Conv& conv, const ConvGrid& grid, int64_t group)
-      : conv_(conv), grid_(grid), size_(4 / k_per_lane(conv.out_rows.flavour)) {
-    const ConvImage& x = conv.x;
-    data_ = static_cast<const char*>(x.data) + group * group_bytes(conv);
-    offsets_ = static_cast<int64_t*>(
-        scratch(ScratchSlot::b_panels, static_cast<size_t>(max64(grid.tap_count, 1)) * sizeof(int64_t)));
-    for (int axis = 0; axis < 3; axis++) {
-      low_[axis] = 0;
-      high_[axis] = x.size[axis];
-    }
-    for (int64_t t = 0; t < grid.tap_count; t++) {
-      const int64_t* at = grid.taps[t].at;
-      offsets_[t] = (at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2]) * size_;
-      for (int axis = 0; axis < 3; axis++) {
-        low_[axis] = max64(low_[axis], -at[axis]);
-        high_[axis] = min64(high_[axis], x.size[axis] - at[axis]);
-      }
-    }
-  }
-
-  // Bytes between one row and the next where this is the same for all and there is one tap; else 0.
-  int64_t distance() const {
-    if (grid_.tap_count != 1 || grid_.in_step[0] * grid_.in_step[1] * grid_.in_step[2] != 1) return 0;
-    int64_t stride = conv_.x.stride[2];
-    for (int axis = 2; axis >= 0; axis--) {
-      if (grid_.taps[0].at[axis] != 0 || grid_.count[axis] != conv_.x.size[axis]) return 0;
-      const int64_t next = axis > 0 ? conv_.x.stride[axis - 1] : conv_.x.batch_stride;
-      const int64_t outer = axis > 0 ? grid_.count[axis - 1] : conv_.batch;
-      if (outer > 1 && next != stride * grid_.count[axis]) return 0;
-      stride *= grid_.count[axis];
-    }
-    return conv_.x.stride[2] * size_;
-  }
-
-  void make(Range rows, const char** table, bool* whole) const {
-    const int64_t taps = grid_.tap_count, step = grid_.in_step[2], pixel = step * conv_.x.stride[2] * size_;
-    Pixels p = Pixels::from(grid_, rows.begin);
-    for (int64_t r = rows.begin; r < rows.end;) {  // pixels beside each other
-      const int64_t count = min64(grid_.count[2] - p.at[2], rows.end - r);
-      int64_t at[3] = {p.at[0] * grid_.in_step[0], p.at[1] * grid_.in_step[1], p.at[2] * step};
-      const ConvImage& x = conv_.x;
-      const char* first =
-          data_ + (p.batch * x.batch_stride + at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2]) * size_;
-      const bool row_inside = inside(0, at[0]) && inside(1, at[1]);
-      for (int64_t i = 0; i < count; i++, first += pixel, at[2] += step, table += taps) {
-        for (int64_t t = 0; t < taps; t++) table[t] = first + offsets_[t];
-        *whole = row_inside && inside(2, at[2]);
-        if (!*whole++) hide(at, table);
-      }
-      r += count;
-      p.at[2] += count - 1;
-      p.next(grid_);
-    }
-  }
-
- private:
-  bool inside(int axis, int64_t at) const { return at >= low_[axis] && at < high_[axis]; }
-
-  // Taps outside the image read zeros.
-  void hide(const int64_t (&at)[3], const char** table) const {
-    for (int64_t t = 0; t < grid_.tap_count; t++)
-      for (int axis = 0; axis < 3; axis++)
-        if (static_cast<uint64_t>(at[axis] + grid_.taps[t].at[axis]) >= static_cast<uint64_t>(conv_.x.size[axis]))
-          table[t] = static_cast<const char*>(conv_.zeros);
-  }
-
-  const Conv& conv_;
-  const ConvGrid& grid_;
-  const int64_t size_;
-  const char* data_;
-  int64_t* offsets_;
-  int64_t low_[3], high_[3];  // where all taps are inside
-};
 
 // Accumulators of a group to the output, whose pixels may lie apart.
 class Output {
@@ -181,9 +77,9 @@ class Output {
 };
 
 // How rows are cut into tiles. A tile of pixels beside each other has its hidden taps at an end, where they can be left
-// out; images narrower than a tile are not cut so.
+// out; images narrower than a tile, and those of which nothing is hidden, are not cut so.
 struct Tiling {
-  int64_t unit;    // rows that are cut for themselves
+  int64_t unit;    // rows that are cut for themselves; 1: those of a block are
   int64_t height;  // at most
   int64_t width;   // panels, at most
 };
@@ -204,11 +100,12 @@ int64_t cost_of(const Tiling& t, int64_t panels) {
   return cost;
 }
 
-Tiling tiling_of(int64_t across, int64_t rows, int64_t panels) {
-  const int64_t unit = across >= kTile.wide_rows ? across : min64(rows, 24);
+Tiling tiling_of(bool hides, int64_t across, int64_t rows, int64_t panels) {
+  const bool by_row = hides && across >= kTile.wide_rows;
+  const int64_t unit = by_row ? RowCut(across).piece : min64(rows, 24);
   const Tiling tall = {unit, kTile.max_rows, kTile.panels}, wide = {unit, kTile.wide_rows, kTile.wide_panels};
   Tiling t = cost_of(wide, panels) <= cost_of(tall, panels) ? wide : tall;
-  if (across < kTile.wide_rows) t.unit = 1;
+  if (!by_row) t.unit = 1;
   return t;
 }
 
@@ -216,18 +113,18 @@ Tiling tiling_of(int64_t across, int64_t rows, int64_t panels) {
 constexpr int64_t kWorthACall = 48;
 
 // A tile of the rows of a block.
-struct Cut {
+struct Tile {
   int64_t row, height;
   bool inside;  // whether all taps of all of them are in the image
 };
 
 // The rows of a block in tiles; how many.
-int64_t cut_rows(const Tiling& tiling, int64_t count, const bool* whole, Cut* cuts) {
+int64_t cut_rows(const Tiling& tiling, int64_t count, const bool* whole, Tile* cuts) {
   int64_t tiles = 0;
   for (int64_t begin = 0; begin < count;) {
     const int64_t end = tiling.unit == 1 ? count : min64(begin + tiling.unit, count);
     for (int64_t r = begin; r < end;) {
-      Cut c{r, even(end - r, tiling.height), true};
+      Tile c{r, even(end - r, tiling.height), true};
       for (int64_t i = 0; i < c.height; i++) c.inside = c.inside && whole[r + i];
       cuts[tiles++] = c;
       r += c.height;
@@ -339,7 +236,8 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   TileSum sum(conv, grid, lanes, panel_bytes);
   // For all panels, not for those of this call: the order of a sum at the border depends on the height of its tile, and
   // must not depend on the number of threads.
-  const Tiling tiling = tiling_of(grid.count[2], rows.end - rows.begin, ceil_div(conv.out_rows.n, kPanel));
+  const Tiling tiling =
+      tiling_of(where.hides(), grid.count[2], rows.end - rows.begin, ceil_div(conv.out_rows.n, kPanel));
   // Taps whose weights stay in L2 while the rows of a block pass by: whole chains, so that a sum does not depend on the
   // width of its tile.
   const int64_t chain = max64(sum_lanes(flavour) / max64(lanes, 1), 1);
@@ -353,23 +251,27 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   const bool at_once = output.finish() && sum.is_one_piece() && taps_at_once >= taps && all_bytes <= kShortWeights;
   const int64_t distance = where.distance();
 
-  const auto block_rows = [&](int64_t left) {  // equal parts of what is left
+  const RowCut cut(grid.count[2]);
+  const auto block_rows = [&](int64_t row) {  // a piece of a row, or equal parts of what is left
+    const int64_t left = rows.end - row;
+    if (cut.is_long()) return min64(cut.left(row), left);
     const int64_t units = ceil_div(left, tiling.unit), fit = max64(kBlockRows / tiling.unit, 1);
     return min64(even(units, fit) * tiling.unit, left);
   };
-  const int64_t most = block_rows(rows.end - rows.begin);
-  const size_t row_bytes = static_cast<size_t>(taps) * sizeof(char*) + sizeof(Cut) + 1;
+  const int64_t most = cut.is_long() ? cut.piece : block_rows(rows.begin);
+  const size_t row_bytes = static_cast<size_t>(taps) * sizeof(char*) + sizeof(Tile) + 1;
   const char** table = static_cast<const char**>(scratch(ScratchSlot::a_rows, static_cast<size_t>(most) * row_bytes));
-  Cut* cuts = reinterpret_cast<Cut*>(table + taps * most);
+  Tile* cuts = reinterpret_cast<Tile*>(table + taps * most);
   bool* whole = reinterpret_cast<bool*>(cuts + most);
   char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(most * tiling.width) * 64));
 
+  Range known = {rows.begin, rows.begin};  // what the table is of
   for (int64_t r0 = rows.begin, count; r0 < rows.end; r0 += count) {
-    count = block_rows(rows.end - r0);
+    count = block_rows(r0);
     // Where all rows lie at one distance the first block's table serves the others.
-    const bool made = distance != 0 && r0 > rows.begin;
-    if (!made) where.make({r0, r0 + count}, table, whole);
-    sum.shift_rows(made ? (r0 - rows.begin) * distance : 0);
+    const bool made = distance != 0 && count <= known.end - known.begin;
+    if (!made) where.make(known = {r0, r0 + count}, table, whole);
+    sum.shift_rows((r0 - known.begin) * distance);
     const int64_t tiles = cut_rows(tiling, count, whole, cuts);
     bool all_inside = taps > 0;
     for (int64_t i = 0; i < tiles; i++) all_inside = all_inside && (cuts[i].inside || !may_skip);
@@ -388,17 +290,17 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
         const bool more_taps = tap_end < taps, more = more_taps || j + 2 * width <= panels.end;
         const int64_t next = more_taps ? taps_at_once * tap_bytes : width * panel_bytes - tap * tap_bytes;
         for (int64_t i = 0; i < tiles; i++) {
-          const Cut& cut = cuts[i];
-          char* c = acc + cut.row * columns * 4;
-          sum.begin(table + cut.row * taps, b, c, columns, tap > 0, i < width && more ? next + i * panel_bytes : 0);
-          const bool all_taps = taps > 0 && (cut.inside || !may_skip), last = tap_end == taps;
+          const Tile& tile = cuts[i];
+          char* c = acc + tile.row * columns * 4;
+          sum.begin(table + tile.row * taps, b, c, columns, tap > 0, i < width && more ? next + i * panel_bytes : 0);
+          const bool all_taps = taps > 0 && (tile.inside || !may_skip), last = tap_end == taps;
           const Finish* finish = last && all_taps ? output.finish() : nullptr;
-          if (finish) sum.finish_at(output.at(r0 + cut.row, j * kPanel, sums), repeats);
+          if (finish) sum.finish_at(output.at(r0 + tile.row, j * kPanel, sums), repeats);
           if (all_taps)
-            sum.add(tap, tap_end, 0, cut.height, width, finish);
+            sum.add(tap, tap_end, 0, tile.height, width, finish);
           else
-            sum.add_visible(tap, tap_end, cut.height, width);
-          if (last && !finish) output.put(r0 + cut.row, cut.height, j * kPanel, columns, c, sums, panel_bytes / 4);
+            sum.add_visible(tap, tap_end, tile.height, width);
+          if (last && !finish) output.put(r0 + tile.row, tile.height, j * kPanel, columns, c, sums, panel_bytes / 4);
         }
       }
     }

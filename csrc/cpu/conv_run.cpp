@@ -127,7 +127,8 @@ ConvWindow window_of(const ConvShape& s) {
 
 ConvPlanes planes_of(const ConvShape& s, const Tensor& input) {
   const Strides strides = strides_of(input);
-  ConvPlanes p{window_of(s)};
+  ConvPlanes p{};
+  static_cast<ConvWindow&>(p) = window_of(s);
   p.c = s.c;
   p.n = s.n;
   p.dtype = dtype_of(input);

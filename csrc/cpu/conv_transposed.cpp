@@ -131,7 +131,8 @@ std::vector<float> pack_for_spread(const ConvShape& s, const Filters& f) {
 
 void transposed_spread(const ConvShape& s, const ConvImage& dy, const Filters& f, const Tensor& out) {
   const std::vector<float> packed = pack_for_spread(s, f);
-  ConvSpread p{window_of(s)};
+  ConvSpread p{};
+  static_cast<ConvWindow&>(p) = window_of(s);
   p.n = s.n;
   p.c = s.c;
   p.dy = dy;

@@ -1,4 +1,4 @@
-"""Which implementation of attention ran."""
+"""What ran: whose attention, which graphs, and which weights were packed."""
 
 from __future__ import annotations
 
@@ -68,3 +68,19 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(ours, "join", join)
     monkeypatch.setattr(inductor, "compile", compile)
     return found
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is packed with real weights, a recipe each time."""
+    from pybigmodel._graph import weights
+
+    made: list[Any] = []
+    copies = weights.Recipe.copies
+
+    def noted(self: Any, args: Any, watched: bool) -> Any:
+        made.append(self)
+        return copies(self, args, watched)
+
+    monkeypatch.setattr(weights.Recipe, "copies", noted)
+    return made

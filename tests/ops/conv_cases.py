@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pybigmodel import ops
 from pybigmodel.reference import conv as reference
 from pybigmodel.testing import assert_no_worse, measure_error
 
@@ -19,6 +20,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 DIRECT, DIRECT_ROWS, WINOGRAD2, WINOGRAD4, DEPTHWISE, PLANES = range(1, 7)
 NAMES = ["auto", "direct", "direct_rows", "winograd2", "winograd4", "depthwise", "planes"]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+OURS = {1: ops.conv1d, 2: ops.conv2d, 3: ops.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 ACTIVATIONS = [
     *("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish", "leaky_relu"),
@@ -139,6 +141,18 @@ GEOMETRIES = [
     Geometry(
         2, (17, 20), (1, 7, 9), (1, 3, 3), padding=((0, 0), (1, 1), (1, 1))
     ),  # Winograd in 3-d
+]
+
+# Of which the threads get several parts each.
+THREADED = [
+    Geometry(1, (300, 70), (7, 7), (3, 3), padding=same(3, 3)),
+    Geometry(2, (16, 40), (33, 31), (3, 3), padding=same(3, 3)),
+    Geometry(9, (40, 20), (3, 3), (3, 3), padding=same(3, 3)),  # rows narrower than a tile
+    Geometry(1, (3, 40), (35, 37), (7, 7), stride=(2, 2), padding=((3, 3), (3, 3))),
+    Geometry(2, (70, 70), (19, 21), (3, 3), padding=same(3, 3), groups=70),
+    Geometry(1, (32, 320), (40,), (5,), padding=same(5)),
+    Geometry(2, (64, 96), (20, 20), (1, 1)),
+    Geometry(2, (6, 16), (40, 41), (5, 5)),
 ]
 
 

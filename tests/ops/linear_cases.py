@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pybigmodel import ops
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 # (rows, out_features, in_features): ones, primes, and both sides of what kernels cut at: tiles of
@@ -55,6 +57,12 @@ def make_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
     repeats = min(64, -(-256 // (m * n)))
     inputs = [torch.randn(m, k).to(dtype) for _ in range(repeats)]
     return Case(inputs, (torch.randn(n, k) / k**0.5).to(dtype))
+
+
+def packed_int8() -> tuple[Tensor, Tensor]:
+    """Weights of 18 by 20, and a scale a row."""
+    w = torch.randint(-127, 128, (18, 20), dtype=torch.int8)
+    return ops.pack_int8_linear_weight(w), torch.rand(18) / 100
 
 
 def linear64(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from conv_cases import (
     FLOATS,
     GEOMETRIES,
     NAMES,
+    OURS,
     WINOGRAD2,
     WINOGRAD4,
     WINOGRAD_RELATIVE,
@@ -27,7 +28,6 @@ from pybigmodel import _native, ops
 from pybigmodel.reference import conv as reference
 from pybigmodel.testing import assert_exact, assert_no_worse, measure_error
 
-CONV = {1: ops.conv1d, 2: ops.conv2d, 3: ops.conv3d}
 F32 = torch.float32
 backward = torch.ops.pybigmodel.conv_backward
 
@@ -77,7 +77,7 @@ def ulps(gradient: Tensor) -> float:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_against_autograd(isa: str, dtype: torch.dtype, geometry: Geometry) -> None:
     def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return CONV[geometry.axes](x, w, b, algorithm="direct", **geometry.options)
+        return OURS[geometry.axes](x, w, b, algorithm="direct", **geometry.options)
 
     for actual, other, exact in zip(*all_gradients(geometry, dtype, ours), strict=True):
         assert_no_worse(actual, other, exact, floor_ulps=ulps(actual))
@@ -92,7 +92,7 @@ def test_bf16_products(isa: str, axes: int) -> None:
             continue
 
         def ours(x: Tensor, w: Tensor, b: Tensor, g: Geometry = geometry) -> Tensor:
-            return CONV[g.axes](x, w, b, precision="bf16", algorithm="direct", **g.options)
+            return OURS[g.axes](x, w, b, precision="bf16", algorithm="direct", **g.options)
 
         actual, _, exact = all_gradients(geometry, F32, ours)
         for mine, reference64 in zip(actual, exact, strict=True):
@@ -109,7 +109,7 @@ def test_gradients_of_winograd(isa: str, algorithm: int) -> None:
             continue
 
         def ours(x: Tensor, w: Tensor, b: Tensor, g: Geometry = geometry) -> Tensor:
-            return CONV[g.axes](x, w, b, algorithm=NAMES[algorithm], **g.options)
+            return OURS[g.axes](x, w, b, algorithm=NAMES[algorithm], **g.options)
 
         (*mine, db), (*_, their_db), (*exact, exact_db) = all_gradients(geometry, F32, ours)
         for gradient, reference64 in zip(mine, exact, strict=True):
@@ -260,7 +260,7 @@ def test_expanded_gradient(isa: str) -> None:
     for geometry in LAYOUTS:
         case = make_case(geometry, F32)
         leaves = [t.clone().requires_grad_() for t in (case.inputs[0], case.weight)]
-        y = CONV[geometry.axes](*leaves, **geometry.options)
+        y = OURS[geometry.axes](*leaves, **geometry.options)
         y.sum().backward()
         arguments = (*geometry.raw, 0, 0, False, True, True, False)
         expected = backward(torch.ones_like(y), *(t.detach() for t in leaves), *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from results import Result
 
 FORWARD, FORWARD_BACKWARD, INT8 = "conv2d", "conv2d_forward_backward", "int8_conv2d"
+TRANSPOSED, TRANSPOSED_FORWARD_BACKWARD = "conv_transpose2d", "conv_transpose2d_forward_backward"
 SQUARE, POINTWISE, FIRST, STRIDED, DEPTHWISE = KINDS = (
     "3×3",
     "1×1",

@@ -13,6 +13,8 @@ from conv_results import (
     KINDS,
     PEERS,
     TORCH,
+    TRANSPOSED,
+    TRANSPOSED_FORWARD_BACKWARD,
     VISION_PEERS,
     kind,
 )
@@ -25,6 +27,8 @@ _PROVIDERS = {
     FORWARD: (OURS, EXACT, *PEERS),
     INT8: (OURS, f"{OURS}_bytes", "torch_channels_last", *INT8_PEERS),
     FORWARD_BACKWARD: (OURS, f"{OURS}_contiguous", *TORCH),
+    TRANSPOSED: (OURS, *TORCH, "torch_compile", "onnxruntime", "openvino"),
+    TRANSPOSED_FORWARD_BACKWARD: (OURS, *TORCH),
 }
 _NETWORKS = {"resnet50": "ResNet-50", "mobilenetv2": "MobileNetV2"}
 
@@ -71,6 +75,10 @@ def _works(results: list[Result]) -> Iterator[tuple[str, list[Result]]]:
     for name, batch in (("3×3", 8), ("LeNet's layers", 64)):
         work = f"`{FORWARD}`, forward + backward, {name}, batch {batch}"
         found[work] = where(FORWARD_BACKWARD, lambda r, batch=batch: r.size("B") == batch)
+    for precision in _PRECISIONS:
+        for op, words in ((TRANSPOSED, ""), (TRANSPOSED_FORWARD_BACKWARD, ", forward + backward")):
+            work = f"`{TRANSPOSED}` {precision}{words}"
+            found[work] = where(op, lambda r, precision=precision: r.precision == precision)
     return ((work, group) for work, group in found.items() if group)
 
 
@@ -125,4 +133,4 @@ def by_shape(results: list[Result]) -> list[str]:
 
 
 def _order(r: Result) -> int:
-    return 0 if r.op == FORWARD_BACKWARD else KINDS.index(kind(r))
+    return KINDS.index(kind(r)) if r.op in (FORWARD, INT8) else 0

@@ -56,11 +56,17 @@ class Problem:
         return None
 
     @property
+    def copied_bytes(self) -> int:
+        """What each copy has of its own of the streamed bytes."""
+        return self.streamed_bytes or 0
+
+    @property
     def level(self) -> Level | None:
         """Where what is streamed lies between two uses of the same copy."""
         if self.streamed_bytes is None:
             return None
-        return level_of(self.streamed_bytes * self.copies // self.threads, self.threads)
+        rotating = self.streamed_bytes + (self.copies - 1) * self.copied_bytes
+        return level_of(rotating // self.threads, self.threads)
 
     def __str__(self) -> str:
         parts = [self.op, self.precision, *self.shape.split(), f"t{self.threads}"]
@@ -102,3 +108,11 @@ def streaming_variants(problem: P) -> list[P]:
     if in_dram <= MAX_COPIES and variants[0].level != "DRAM":
         variants.append(replace(problem, copies=in_dram))
     return variants
+
+
+def placed(problem: P) -> P:
+    """With as few copies in rotation as make it certain which level holds what is streamed."""
+    for copies in range(1, MAX_COPIES + 1):
+        if (variant := replace(problem, copies=copies)).level is not None:
+            return variant
+    raise ValueError(f"{problem}: no number of copies up to {MAX_COPIES} gives a cache level")

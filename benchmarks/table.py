@@ -11,6 +11,8 @@ from pathlib import Path
 from cells import cell, mean, medians, table
 from conv_table import by_shape as convolutions_by_shape
 from conv_table import convolutions, networks
+from pool_table import by_shape as poolings_by_shape
+from pool_table import poolings
 from results import DYNAMIC_PEERS, OURS, Result, from_command_line
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -222,6 +224,7 @@ def main() -> None:
         _products,
         _attention,
         convolutions,
+        poolings,
     ]
     found = [lines for section in sections if (lines := section(results))]
     summary = [line for lines in found for line in ["", *lines]]
@@ -230,6 +233,7 @@ def main() -> None:
         *_by_shape(results),
         *_of_attention(results),
         *convolutions_by_shape(results),
+        *poolings_by_shape(results),
     ]
     _rewrite(REPOSITORY / "docs" / "benchmarks.md", [*by_shape, "", origin, ""])
 

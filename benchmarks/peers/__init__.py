@@ -130,6 +130,22 @@ _PEERS = {
         "openvino": ("openvino_conv", "build"),
         "openvino_static": ("openvino_conv", "build_static"),
     },
+    "conv_transpose": {
+        "pybigmodel": ("ours_conv", "build_transposed"),
+        "torch_eager": ("torch_conv", "build"),
+        "torch_channels_last": ("torch_conv", "build_channels_last"),
+        "torch_compile": ("torch_conv", "build_compiled"),
+        "onnxruntime": ("onnxruntime_conv", "build_transposed"),
+        "openvino": ("openvino_conv", "build"),
+    },
+    "pool": {
+        "pybigmodel": ("ours_pool", "build"),
+        "torch_eager": ("torch_pool", "build"),
+        "torch_channels_last": ("torch_pool", "build_channels_last"),
+        "torch_compile": ("torch_pool", "build_compiled"),
+        "onnxruntime": ("onnxruntime_pool", "build"),
+        "openvino": ("openvino_pool", "build"),
+    },
 }
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+from conv_problem import ConvProblem
 from conv_shapes import Convolution
+from conv_transpose_shapes import TransposedConvolution
 from onnx import helper
 
 from peers.onnx_graph import FLOAT, MICROSOFT, asymmetric, serialized
@@ -15,9 +17,10 @@ from peers.onnx_graph import FLOAT, MICROSOFT, asymmetric, serialized
 _OPSET, _IR_VERSION = 17, 9
 
 
-def fp32(problem: Convolution) -> bytes:
+def fp32(problem: ConvProblem) -> bytes:
     data = problem.data
-    convolution = helper.make_node("Conv", ["x", "w", "b"], ["y"], **_attributes(problem))
+    kind = "ConvTranspose" if isinstance(problem, TransposedConvolution) else "Conv"
+    convolution = helper.make_node(kind, ["x", "w", "b"], ["y"], **_attributes(problem))
     constants = {"w": data.weight.numpy(), "b": data.bias.numpy()}
     return _model(problem, [convolution], constants)
 
@@ -75,17 +78,20 @@ def static_channels_last(problem: Convolution) -> bytes:
     return _model(problem, nodes, constants, channels_last=True)
 
 
-def _attributes(problem: Convolution) -> dict[str, Any]:
-    return {
+def _attributes(problem: ConvProblem) -> dict[str, Any]:
+    attributes = {
         "kernel_shape": [problem.k] * 2,
         "strides": [problem.s] * 2,
-        "pads": [problem.padding] * 4,
+        "pads": [problem.geometry["padding"]] * 4,
         "group": problem.groups,
     }
+    if isinstance(problem, TransposedConvolution):
+        attributes["output_padding"] = [problem.output_padding] * 2
+    return attributes
 
 
 def _model(
-    problem: Convolution,
+    problem: ConvProblem,
     nodes: list[onnx.NodeProto],
     constants: dict[str, np.ndarray],
     channels_last: bool = False,

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own ops
-FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
+FLOAT, INT32, UINT8 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT8
 
 Shapes = Mapping[str, tuple[Sequence[int], int]]  # by name: dimensions and element type
 

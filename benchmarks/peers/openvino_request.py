@@ -10,8 +10,8 @@ import openvino
 import torch
 from torch import Tensor
 
-ELEMENTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+ELEMENTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "int8": openvino.Type.u8}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of what is not int8
 
 
 @cache

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from conv_results import FORWARD_BACKWARD, INT8
+from conv_results import INT8
 from conv_shapes import Convolution
+from conv_transpose_shapes import TransposedConvolution
 from torch import Tensor
 
 from peers import Contender, Errors, Unavailable
@@ -106,7 +107,7 @@ def build_bytes(problem: Convolution) -> Contender:
 
 
 def build(problem: Convolution, layout: torch.memory_format = torch.channels_last) -> Contender:
-    if problem.op == FORWARD_BACKWARD:
+    if problem.trains:
         function = partial(ops.conv2d, **problem.geometry, precision=problem.precision)
         return training_contender(problem, function, layout)
     if problem.op == INT8:
@@ -125,3 +126,13 @@ def build_exact(problem: Convolution) -> Contender:
     if exact == _algorithm(problem, exact=False):
         raise Unavailable("the automatic choice is exact")
     return _packed(problem, exact)
+
+
+def build_transposed(problem: TransposedConvolution) -> Contender:
+    """As its layers do it: the weight is packed at each call."""
+    function = partial(ops.conv_transpose2d, **problem.geometry, precision=problem.precision)
+    if problem.trains:
+        return training_contender(problem, function)
+    data, dtype = problem.data, dtype_of(problem)
+    call = partial(function, weight=data.weight.to(dtype), bias=data.bias.to(dtype))
+    return conv_contender(problem, call)

@@ -1,4 +1,4 @@
-"""torch's convolution: eager in both layouts, oneDNN with the weight reordered, compiled."""
+"""torch's convolutions: eager in both layouts, oneDNN with the weight reordered, compiled."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from conv_results import FORWARD_BACKWARD
+from conv_problem import ConvProblem
 from conv_shapes import Convolution
-from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch import Tensor
 
 from peers import Contender, Errors, Unavailable
+from peers.images import image_contender
 from peers.torch_compile import frozen
 from peers.torch_eager import DTYPES
 from peers.training import forward_backward
@@ -21,29 +21,24 @@ from peers.training import forward_backward
 _QUANTIZED = {"int8": torch.float32}
 
 
-def dtype_of(problem: Convolution) -> torch.dtype:
+def dtype_of(problem: ConvProblem) -> torch.dtype:
     return (DTYPES | _QUANTIZED)[problem.precision]
 
 
 def conv_contender(
-    problem: Convolution,
+    problem: ConvProblem,
     call: Callable[[Tensor], Tensor],
     layout: torch.memory_format = torch.channels_last,
     **options: Any,
 ) -> Contender:
     """Of `call(x)` with each copy of x in the problem's dtype and this layout."""
-    data, dtype = problem.data, dtype_of(problem)
-    inputs = [
-        data.x.to(dtype, copy=True).contiguous(memory_format=layout) for _ in range(problem.copies)
-    ]
-    calls = [partial(call, x) for x in inputs]
     if problem.precision in _QUANTIZED:
         options.setdefault("precision", "fp32")
-    return Contender(calls, lambda: Errors.of([calls[0]()], [data.exact]), **options)
+    return image_contender(problem, call, dtype_of(problem), layout, **options)
 
 
 def training_contender(
-    problem: Convolution,
+    problem: ConvProblem,
     function: Callable[..., Tensor],
     layout: torch.memory_format = torch.channels_last,
     weight_layout: torch.memory_format = torch.contiguous_format,
@@ -60,18 +55,17 @@ def training_contender(
     return Contender([step], lambda: Errors.of(step(), data.exact_gradients))
 
 
-def build(problem: Convolution, layout: torch.memory_format = torch.contiguous_format) -> Contender:
-    """F.conv2d, what a model calls today."""
-    if problem.op == FORWARD_BACKWARD:
-        function = partial(conv2d, **problem.geometry)
-        return training_contender(problem, function, layout, weight_layout=layout)
+def build(problem: ConvProblem, layout: torch.memory_format = torch.contiguous_format) -> Contender:
+    """F.conv2d or F.conv_transpose2d, what a model calls today."""
+    if problem.trains:
+        return training_contender(problem, problem.function, layout, weight_layout=layout)
     data, dtype = problem.data, dtype_of(problem)
     weight = data.weight.to(dtype).contiguous(memory_format=layout)
-    call = partial(conv2d, weight=weight, bias=data.bias.to(dtype), **problem.geometry)
+    call = partial(problem.function, weight=weight, bias=data.bias.to(dtype))
     return conv_contender(problem, call, layout)
 
 
-def build_channels_last(problem: Convolution) -> Contender:
+def build_channels_last(problem: ConvProblem) -> Contender:
     return build(problem, torch.channels_last)
 
 
@@ -98,10 +92,10 @@ def build_onednn(problem: Convolution) -> Contender:
     return conv_contender(problem, call)
 
 
-def build_compiled(problem: Convolution) -> Contender:
+def build_compiled(problem: ConvProblem) -> Contender:
     """Frozen, which packs the weight; several inputs in rotation share the compiled layer."""
     data, dtype = problem.data, dtype_of(problem)
-    layer = nn.Conv2d(problem.c, problem.n, problem.k, **problem.geometry, dtype=dtype)
+    layer = problem.layer(problem.c, problem.n, problem.k, **problem.geometry, dtype=dtype)
     layer.load_state_dict({"weight": data.weight, "bias": data.bias})
     layer = layer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     x = data.x.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -34,9 +34,9 @@ _make_subclass = Tensor._make_subclass
 NOT_QUANTISED = (0.0, 0)
 
 
-# What one int8 convolution gives to others. For an int8 convolution `taken` is the tensor, its scale
-# and zero point (a scale of 0: floats); `pooled` is the result of a pooling that gives some of the
-# values: codes are in their order.
+# What one int8 convolution gives to others. For an int8 convolution `taken` is the tensor, its
+# scale and zero point (a scale of 0: floats); `pooled` is what a pooling gives that picks some of
+# the values: codes are in their order.
 
 
 class Bytes(Tensor):

@@ -49,7 +49,7 @@ def choose(
     rejected = {
         path: reason
         for path, trial in choices.trials.items()
-        if (reason := why_rejected(trial, precision)) is not None
+        if (reason := why_rejected(trial, precision)) is not None and not may_gain(trial, precision)
     }
     choices.left |= rejected | _with_their_units(found, rejected)
     return choices
@@ -124,14 +124,30 @@ def _with_their_units(found: list[Candidate], rejected: dict[str, str]) -> dict[
 
 
 def why_rejected(trial: Trial, precision: str) -> str | None:
+    wrong = _why_wrong(trial, precision)
+    return wrong if wrong is not None or trial.speedup > 1 else not_faster(trial.speedup)
+
+
+def not_faster(speedup: float) -> str:
+    return f"not faster on example_inputs: {speedup:.2f}×"
+
+
+def may_gain(trial: Trial, precision: str) -> bool:
+    """Whether it is right and, if slower by itself, may be faster with what follows it."""
+    return _is_floating(trial) and _why_wrong(trial, precision) is None
+
+
+def _is_floating(trial: Trial) -> bool:
+    """Whether a convolution stays one of floats."""
+    return isinstance(trial.original, _CONVOLUTIONS) and not isinstance(trial.candidate, OUR_INT8)
+
+
+def _why_wrong(trial: Trial, precision: str) -> str | None:
     if trial.failure is not None:
         return trial.failure
     if not trial.shapes:
         return "not called on example_inputs"
-    floating = isinstance(trial.original, _CONVOLUTIONS) and not isinstance(
-        trial.candidate, OUR_INT8
-    )
-    if precision == "int8" and floating:
+    if precision == "int8" and _is_floating(trial):
         precision = "fp32"
     dtype = dtype_of(trial.original)
     if isinstance(trial.original, _POOLS):  # which hold nothing that would say it
@@ -140,8 +156,6 @@ def why_rejected(trial: Trial, precision: str) -> str | None:
     bound = MAX_ERROR["bf16" if low and precision == "fp32" else precision]
     if not trial.error <= bound:
         return f"its error on example_inputs is {trial.error:.1e}, above {bound:.0e}"
-    if trial.speedup <= 1:
-        return f"not faster on example_inputs: {trial.speedup:.2f}×"
     return None
 
 

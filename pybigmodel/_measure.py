@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -38,6 +39,7 @@ class Trial:
     candidate: nn.Module
     kernel: str | None = None
     dtype: torch.dtype | None = None  # of the last output
+    like: Callable[[], Tensor] | None = None  # makes one such as the last output
     error: float = 0.0
     cosine: float = 1.0
     failure: str | None = None
@@ -46,6 +48,7 @@ class Trial:
     on_model_input: bool = False  # whether it was called on that, which is never in int8
     shapes: set[tuple[object, ...]] = field(default_factory=set)
     seconds: tuple[float, float] = (0.0, 0.0)  # of original and candidate, summed over shapes
+    outputs: list[Callable[[], Tensor]] = field(default_factory=list)  # like, of each of these
 
     @property
     def speedup(self) -> float:
@@ -170,6 +173,8 @@ def _compare(trial: Trial, arguments: Arguments) -> None:
     if of_one_kernel and got[0].device.type == "cpu" and got[0].numel():  # else no kernel ran
         trial.kernel = _native.last_kernel()
     trial.dtype = got[0].dtype
+    shape, stride = got[0].shape, got[0].stride()
+    trial.like = partial(torch.empty_strided, shape, stride, dtype=trial.dtype)
     for y, y0 in zip(got, expected, strict=True):
         trial.compared = bool(trial.compared) or _says_something(y, y0)
         error, cosine = difference(y, y0)
@@ -221,6 +226,8 @@ def _time(
         known[key] = time_pair(original, turned, arguments)
     seconds = known[key]
     trial.seconds = trial.seconds[0] + seconds[0], trial.seconds[1] + seconds[1]
+    if trial.like is not None:
+        trial.outputs.append(trial.like)
 
 
 def _in_channels_last(

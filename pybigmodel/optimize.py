@@ -11,7 +11,7 @@ from torch import nn
 
 from pybigmodel._choose import MAX_ERROR, choose, dtype_of
 from pybigmodel._connect import connect
-from pybigmodel._fuse import Fused, Taken, taken_in
+from pybigmodel._follow import with_what_follows
 from pybigmodel._layouts import check_layouts
 from pybigmodel._measure import Trial, split_inputs
 from pybigmodel._report import Report, Row, log_rows
@@ -22,7 +22,6 @@ from pybigmodel._swap import (
     float_precision,
     is_swapped,
     revert,
-    take_in,
     weight_bytes,
     weights_of,
     why_not_reverted,
@@ -131,7 +130,7 @@ def optimize(
             new, trial = choices.news.get(candidate.module), choices.trials.get(path)
             row = _finish(candidate, new, trial, left, precision, keep_original)
             rows.append(replace(row, in_float=None if left else choices.in_float.get(path)))
-    rows = _with_what_follows(model, found, rows)
+    rows = with_what_follows(model, found, rows, choices.trials)
     if example_inputs is not None:
         check_layouts(model, example_inputs, precision)
         rows = _connected(model, example_inputs, found, rows)
@@ -286,29 +285,6 @@ def _finish(
         bytes_after=after,
         left=left,
         **measured,
-    )
-
-
-def _with_what_follows(model: nn.Module, found: list[Candidate], rows: list[Row]) -> list[Row]:
-    """Have the new layers do what follows them, and say what that is."""
-    done: dict[nn.Module, Taken] = {}
-    paths = {module: path for path, module in model.named_modules()}
-    for module in reversed(list(model.modules())):  # what a module contains before the module
-        take_in(module)
-        done |= taken_in(module) if isinstance(module, Fused) else {}
-    return [
-        _with_taken(row, done.get(candidate.module, Taken()), paths)
-        for candidate, row in zip(found, rows, strict=True)
-    ]
-
-
-def _with_taken(row: Row, taken: Taken, paths: dict[nn.Module, str]) -> Row:
-    return replace(
-        row,
-        norm=None if taken.norm is None else paths[taken.norm],
-        residual=taken.residual,
-        activation=taken.activation,
-        found=taken.where or None,
     )
 
 

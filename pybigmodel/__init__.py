@@ -10,6 +10,7 @@ from pybigmodel import reference as reference
 from pybigmodel import testing as testing
 from pybigmodel._configure import configure as configure
 from pybigmodel._connect import calibrate as calibrate
+from pybigmodel.freeze import freeze as freeze
 from pybigmodel.integrations import sdpa as sdpa
 from pybigmodel.optimize import optimize as optimize
 from pybigmodel.optimize import report as report

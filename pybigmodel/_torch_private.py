@@ -4,6 +4,7 @@ renamed it: slower or less informed, never wrong, and no failure to import."""
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.abc import MetaPathFinder
@@ -24,9 +25,17 @@ def _private(name: str, substitute: Any) -> Any:
     return getattr(torch._C, name, substitute)
 
 
-# Whether this call is seen by a mode of torch_dispatch (fake tensors, tracing, counting): unknown
-# counts as seen.
-dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
+_dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
+recording = threading.local()  # depth: how many of the modes are _record.py's, which see ours
+
+
+def dispatch_modes() -> int:
+    """Whether this call is seen by a mode of torch_dispatch (fake tensors, tracing, counting):
+    unknown counts as seen."""
+    modes = _dispatch_modes()
+    return modes and modes - getattr(recording, "depth", 0)
+
+
 # None outside torch.jit.trace.
 jit_tracing_state: Callable[[], Any] = _private(
     "_get_tracing_state", lambda: getattr(torch.jit, "is_tracing", bool)() or None

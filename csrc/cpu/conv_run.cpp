@@ -185,12 +185,23 @@ static Tensor run_planes(const Tensor& input, const ConvShape& s, const Tensor& 
   return last;
 }
 
+// A bias as tiles take it that are finished in registers.
+static Tensor in_floats(const Tensor& bias) {
+  if (dtype_of(bias) == DType::f32) return bias;
+  const int64_t n = bias.numel();
+  const Tensor out = empty_cpu(&n, 1, ScalarType::Float);
+  const void* data = data_of("bias", bias);
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < n; i++) to[i] = value_of(data, dtype_of(bias), i);
+  return out;
+}
+
 EpilogueImages set_epilogue(Gemm* g, const ConvEpilogue& e, const int64_t (&size)[3]) {
   EpilogueImages kept;
   if (e.bias) {
-    kept.bias = as_contiguous(*e.bias);
+    kept.bias = in_floats(as_contiguous(*e.bias));
     g->bias = data_of("bias", kept.bias);
-    g->bias_dtype = dtype_of(kept.bias);
+    g->bias_dtype = DType::f32;
   }
   if (e.residual) {
     kept.residual = image_of("residual", dense(*e.residual), size, dtype_of(*e.residual));

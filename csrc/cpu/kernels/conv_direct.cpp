@@ -156,14 +156,19 @@ class TileSum {
   void shift_rows(int64_t bytes) { shift_ = bytes; }
 
   // The tile's first row in the table, its panels, its accumulators.
-  void begin(const char* const* table, const char* b, void* c, int64_t ldc, bool accumulate, int64_t soon) {
+  void begin(const char* const* table, const char* b, void* c, int64_t ldc, bool accumulate) {
     table_ = table;
     p_.repeats = 1;
     b_ = b;
     c_tile_ = static_cast<char*>(c);
     p_.ldc = ldc;
     p_.accumulate = accumulate;
-    p_.soon = soon;
+  }
+
+  // What is read after the tile, from here on: each of its lanes fetches so many bytes.
+  void fetch(const char* from, int64_t bytes_a_lane) {
+    p_.ahead = from;
+    p_.ahead_step = bytes_a_lane;
   }
 
   // Taps [tap, tap_end) of rows [row, row_end); `finish`, where it is not null, after the last.
@@ -180,6 +185,7 @@ class TileSum {
         p_.k = min64(lanes_at_once_ * per_lane, c_ - lane * per_lane);
         p_.finish = t + taps_at_once_ >= tap_end && lane + lanes_at_once_ >= lanes_ ? finish : nullptr;
         row_product(p_, flavour_, row_end - row, panels);
+        p_.ahead += p_.tap_count * ceil_div(p_.k, per_lane) * p_.ahead_step;
         p_.accumulate = true;
       }
   }
@@ -292,7 +298,12 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
         for (int64_t i = 0; i < tiles; i++) {
           const Tile& tile = cuts[i];
           char* c = acc + tile.row * columns * 4;
-          sum.begin(table + tile.row * taps, b, c, columns, tap > 0, i < width && more ? next + i * panel_bytes : 0);
+          sum.begin(table + tile.row * taps, b, c, columns, tap > 0);
+          if (more)
+            sum.fetch(b + tap * tap_bytes + (i < width ? next + i * panel_bytes : 0), i < width ? kGroupBytes : 0);
+          else
+            sum.fetch(table[tile.row * taps] + (r0 + count - known.begin) * distance,
+                      ceil_div(tile.height * distance, lanes * repeats));
           const bool all_taps = taps > 0 && (tile.inside || !may_skip), last = tap_end == taps;
           const Finish* finish = last && all_taps ? output.finish() : nullptr;
           if (finish) sum.finish_at(output.at(r0 + tile.row, j * kPanel, sums), repeats);

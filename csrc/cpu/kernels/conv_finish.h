@@ -57,24 +57,49 @@ PBM_INLINE Vec with_residual(const Finish& f, Vec y, const char* at, int64_t i, 
   return add(y, load_some(reinterpret_cast<const float*>(at) + i, n));
 }
 
+PBM_INLINE Vec finished(const Finish& f, const FinishAt& at, Vec sum, Vec bias, int64_t row, int64_t col, int n) {
+  const Vec y = with_residual(f, add(sum, bias), at.residual, row * f.residual_row + col, n);
+  return vmin(set1(f.high), vmax(set1(f.low), y));  // NaN stays: the second operand
+}
+
+// Whole panels of bf16 by twos, which are as long as a cache line.
+template <int MR, int NV>
+PBM_INLINE void finish_pairs(const Finish& f, const FinishAt& at, Vec (&acc)[MR][NV], const float* before,
+                             int64_t ldc) {
+  uint16_t* out = reinterpret_cast<uint16_t*>(at.out);
+  const bool past_caches = f.streams && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  PBM_UNROLL for (int j = 0; j + 1 < NV; j += 2) {
+    const int64_t col = j * kWidth;
+    const Vec bias0 = at.bias ? load(at.bias + col) : zero(), bias1 = at.bias ? load(at.bias + col + kWidth) : zero();
+    PBM_UNROLL for (int i = 0; i < MR; i++) {
+      const float* sums = before + i * ldc + col;
+      const Vec sum0 = before ? add(load(sums), acc[i][j]) : acc[i][j];
+      const Vec sum1 = before ? add(load(sums + kWidth), acc[i][j + 1]) : acc[i][j + 1];
+      store_bf16_pair(out + i * f.out_row + col, finished(f, at, sum0, bias0, i, col, kWidth),
+                      finished(f, at, sum1, bias1, i, col + kWidth, kWidth), past_caches);
+    }
+  }
+}
+
 // c: what was summed before, or null.
 template <int MR, int NV>
 PBM_INLINE void finish_tile(const Finish& f, const FinishAt& at, Vec (&acc)[MR][NV], const void* c, int64_t ldc) {
   const float* before = static_cast<const float*>(c);
-  const Vec low = set1(f.low), high = set1(f.high);
+  if constexpr (NV % 2 == 0)
+    if (f.out_type == Operand::bf16 && at.columns >= NV * kWidth) return finish_pairs(f, at, acc, before, ldc);
   PBM_UNROLL for (int j = 0; j < NV; j++) {
     const int n = lanes_of<NV>(at, j);
     const Vec bias = at.bias ? load_some(at.bias + j * kWidth, n) : zero();
     PBM_UNROLL for (int i = 0; i < MR; i++) {
-      Vec y = add(before ? add(load(before + i * ldc + j * kWidth), acc[i][j]) : acc[i][j], bias);
-      y = with_residual(f, y, at.residual, i * f.residual_row + j * kWidth, n);
-      y = vmin(high, vmax(low, y));  // NaN stays: the second operand
+      const Vec sum = before ? add(load(before + i * ldc + j * kWidth), acc[i][j]) : acc[i][j];
+      const Vec y = finished(f, at, sum, bias, i, j * kWidth, n);
       const int64_t out = i * f.out_row + j * kWidth;
-      if (f.streams)
+      if (f.out_type == Operand::bf16)
+        store16_n<DType::bf16>(at.out, out, y, n);
+      else if (f.streams)
         stream(reinterpret_cast<float*>(at.out) + out, y);
       else
-        f.out_type == Operand::bf16 ? store16_n<DType::bf16>(at.out, out, y, n)
-                                    : store16_n<DType::f32>(at.out, out, y, n);
+        store16_n<DType::f32>(at.out, out, y, n);
     }
   }
 }
@@ -159,8 +184,10 @@ inline Operand operand_of(DType t) {
 inline bool streams(const Gemm& g, const Conv& conv) {
   constexpr int64_t kBytes = int64_t{16} << 20;
   const int64_t pixels = conv.batch * conv.out[0] * conv.out[1] * conv.out[2];
-  return g.flavour != Flavour::u8s8 && g.c_dtype == DType::f32 && pixels * g.c_row * 4 >= kBytes &&
-         g.n % kWidth == 0 && g.c_row % kWidth == 0 && reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
+  const int64_t size = size_of(g.c_dtype), line = 64 / size;
+  return g.flavour != Flavour::u8s8 && (g.c_dtype == DType::f32 || g.c_dtype == DType::bf16) &&
+         pixels * g.c_row * size >= kBytes && g.n % line == 0 && g.c_row % line == 0 &&
+         reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
 }
 
 // The epilogue of a group, if it is of the kind that is done here, and where its first value is.

@@ -15,8 +15,9 @@ struct RowProduct {
   int64_t b_panel, b_tap;   // bytes from one panel, one tap to the next
   const ConvTap* taps;
   int64_t tap_count;
-  int64_t k;     // elements of each tap
-  int64_t soon;  // from the first panel to what is read after this: fetched into L2 on the way; 0: nothing
+  int64_t k;          // elements of each tap
+  const char* ahead;  // what is read after this: fetched into L2 on the way, so many bytes a lane
+  int64_t ahead_step;
   void* c;
   int64_t ldc;  // elements
   bool accumulate;
@@ -26,7 +27,7 @@ struct RowProduct {
 };
 
 template <Flavour F, int MR, int NV>
-PBM_INLINE void one_product(const RowProduct& p, const char* panels, const FinishAt& at) {
+PBM_INLINE const char* one_product(const RowProduct& p, const char* panels, const FinishAt& at, const char* ahead) {
   using D = Dot<F>;
   constexpr int64_t kPerLane = k_per_lane(F);
   constexpr int64_t kLaneBytes = lane_bytes(F);
@@ -35,13 +36,16 @@ PBM_INLINE void one_product(const RowProduct& p, const char* panels, const Finis
   PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = D::zero();
   const int64_t lanes = filled_up ? ceil_div(p.k, kPerLane) : p.k / kPerLane;
   const int64_t tail_bytes = filled_up ? 0 : p.k % kPerLane * (4 / kPerLane);
-  const int64_t b_panel = p.b_panel, soon = p.soon;
+  const int64_t b_panel = p.b_panel, ahead_step = p.ahead_step;
   for (int64_t t = 0; t < p.tap_count; t++) {
     const char* a[MR];
     PBM_UNROLL for (int i = 0; i < MR; i++) a[i] = p.rows[i * p.rows_next + t] + p.a_offset;
     const char* b = panels + p.taps[t].weight * p.b_tap;
     for (int64_t l = 0; l < lanes; l++) {
-      if constexpr (MR >= 4) __builtin_prefetch(b + soon, 0, 2);
+      if constexpr (MR >= 4) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+      }
       multiply_rows<D, MR, NV>(acc, a, l * kLaneBytes, b, b_panel);
       b += kGroupBytes;
     }
@@ -57,17 +61,20 @@ PBM_INLINE void one_product(const RowProduct& p, const char* panels, const Finis
       multiply_rows<D, MR, NV>(acc, from, 0, b, b_panel);
     }
   }
-  if (p.finish) return finish_tile<MR, NV>(*p.finish, at, acc, p.accumulate ? p.c : nullptr, p.ldc);
-  PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++)
-    D::put(static_cast<char*>(p.c) + (i * p.ldc + j * 16) * 4, acc[i][j], p.accumulate);
+  if (p.finish)
+    finish_tile<MR, NV>(*p.finish, at, acc, p.accumulate ? p.c : nullptr, p.ldc);
+  else
+    PBM_UNROLL for (int i = 0; i < MR; i++) PBM_UNROLL for (int j = 0; j < NV; j++)
+      D::put(static_cast<char*>(p.c) + (i * p.ldc + j * 16) * 4, acc[i][j], p.accumulate);
+  return ahead;
 }
 
 template <Flavour F, int MR, int NV>
 void row_product(const RowProduct& p) {
   FinishAt at = p.at;
-  const char* panels = p.b;
+  const char *panels = p.b, *ahead = p.ahead;
   for (int64_t i = p.repeats;; panels += NV * p.b_panel) {
-    one_product<F, MR, NV>(p, panels, at);
+    ahead = one_product<F, MR, NV>(p, panels, at, ahead);
     if (--i == 0) return;
     at.move(*p.finish, 0, NV * kWidth, NV);
   }

@@ -36,6 +36,20 @@ PBM_INLINE void store_bf16(uint16_t* p, Vec x) {
 #endif
 }
 
+// Thirty-two of them, the second sixteen of which are b; past the caches to a whole cache line.
+PBM_INLINE void store_bf16_pair(uint16_t* p, Vec a, Vec b, bool past_caches) {
+#if PBM_TIER_LEVEL >= 3
+  const __m512bh pair = _mm512_cvtne2ps_pbh(b.v, a.v);
+  __m512i bits;
+  std::memcpy(&bits, &pair, 64);
+  past_caches ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits) : _mm512_storeu_si512(p, bits);
+#else
+  (void)past_caches;
+  store_bf16(p, a);
+  store_bf16(p + kWidth, b);
+#endif
+}
+
 template <DType T>
 PBM_INLINE Vec load16(const void* base, int64_t i) {
   if constexpr (T == DType::f32) return load(static_cast<const float*>(base) + i);

@@ -44,16 +44,17 @@ void run_grid(const ConvShape& s, const Conv& conv, const ConvGrid& grid) {
   });
 }
 
-void run_direct(const ConvShape& s, Conv conv, bool rows) {
+void run_direct(const ConvShape& s, Conv conv, Taps how) {
   ConvGrid grid{};
-  const int64_t width = rows ? s.kernel[2] : 1;  // taps that are read as one
+  const int64_t width = how == Taps::single ? 1 : s.kernel[2];  // taps that are read as one
   std::vector<ConvTap> taps;
   for (int64_t i = 0; i < s.kernel[0]; i++)
     for (int64_t j = 0; j < s.kernel[1]; j++)
       for (int64_t q = 0; q < s.kernel[2]; q += width)
-        taps.push_back(
-            {{i * s.dilation[0] - s.pad[0], j * s.dilation[1] - s.pad[1], rows ? 0 : q * s.dilation[2] - s.pad[2]},
-             static_cast<int64_t>(taps.size())});
+        taps.push_back({{i * s.dilation[0] - s.pad[0], j * s.dilation[1] - s.pad[1],
+                         how == Taps::padded_rows ? 0 : q * s.dilation[2] - s.pad[2]},
+                        static_cast<int64_t>(taps.size())});
+  if (how == Taps::rows) grid.run = width;
   for (int axis = 0; axis < 3; axis++) {
     grid.count[axis] = s.out(axis);
     grid.out_step[axis] = 1;
@@ -221,7 +222,7 @@ Tensor run_conv(const Tensor& input, const ConvShape& s, Flavour flavour, ConvAl
   if (out.out.numel() == 0) return out.out;
   const bool merged = algorithm == ConvAlgorithm::direct_rows, depthwise = algorithm == ConvAlgorithm::depthwise;
   const DType dtype = depthwise ? dtype_of(input) : flavour == Flavour::f32 ? DType::f32 : DType::bf16;
-  const ImageView x = image_of("input", input, s.in, dtype, merged ? s.pad[2] : 0, merged ? s.pad_end[2] : 0, merged);
+  const ImageView x = image_of("input", input, s.in, dtype, 0, 0, merged);
   Conv conv = conv_over(s, s.c, s.n, depthwise ? Flavour::f32 : flavour, x.image, out);
   conv.weight = packed.const_data_ptr();
   const EpilogueImages kept = set_epilogue(&conv.out_rows, e, size);
@@ -229,7 +230,7 @@ Tensor run_conv(const Tensor& input, const ConvShape& s, Flavour flavour, ConvAl
     case ConvAlgorithm::winograd2: run_winograd(s, conv, 2); break;
     case ConvAlgorithm::winograd4: run_winograd(s, conv, 4); break;
     case ConvAlgorithm::depthwise: run_depthwise(depthwise_of(s, conv, dtype)); break;
-    default: run_direct(s, conv, merged);
+    default: run_direct(s, conv, merged ? Taps::rows : Taps::single);
   }
   return out.finish();
 }

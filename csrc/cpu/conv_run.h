@@ -41,8 +41,10 @@ void over_rows_or_channels(int64_t rows, int64_t channels, int64_t unit, int64_t
 // c and n: channels of a group, in and out.
 Conv conv_over(const ConvShape& s, int64_t c, int64_t n, Flavour flavour, const ConvImage& x, const OutputImage& out);
 void run_grid(const ConvShape& s, const Conv& conv, const ConvGrid& grid);
-// rows: whether a row of taps, whose channels lie side by side, is read as one tap; the image has its padding along w.
-void run_direct(const ConvShape& s, Conv conv, bool rows);
+// How taps are read: each for itself, or a row of them, whose channels lie side by side, as one, from an image with or
+// without its padding along w.
+enum class Taps { single, padded_rows, rows };
+void run_direct(const ConvShape& s, Conv conv, Taps how);
 Depthwise depthwise_of(const ConvShape& s, const Conv& conv, DType dtype);
 // p.conv.out pixels of every channel.
 void run_depthwise(const Depthwise& p);

@@ -222,7 +222,7 @@ Tensor int8_conv(const Tensor& input, const Tensor& packed_weight, const Tensor&
   g.residual_zero = static_cast<int32_t>(r_q.zero_point);
   g.c_inverse_scale = output_scale > 0 ? 1.f / static_cast<float>(output_scale) : 0.f;
   g.c_zero_point = static_cast<int32_t>(output_zero_point);
-  run_direct(s, conv, x.rows);
+  run_direct(s, conv, x.rows ? Taps::padded_rows : Taps::single);
   return out.finish();
 }
 

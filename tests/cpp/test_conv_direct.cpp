@@ -5,7 +5,9 @@
 namespace pbm::test {
 namespace {
 
-enum class Form { forward, rows, transposed };
+enum class Form { forward, rows, transposed, runs };  // runs: rows of an image without padding
+
+bool by_rows(Form form) { return form == Form::rows || form == Form::runs; }
 
 // What a tier's kernel is given.
 struct Plan {
@@ -65,7 +67,7 @@ void copy_image(const ConvCase& c, const Kernels& kernel, int64_t before, int64_
 void pack(const ConvCase& c, Form form, Plan* plan) {
   const ConvShape& s = c.s;
   const Flavour flavour = c.g.flavour;
-  const int64_t per_lane = k_per_lane(flavour), merged = form == Form::rows ? s.kernel[2] : 1, tap = group_elements(c);
+  const int64_t per_lane = k_per_lane(flavour), merged = by_rows(form) ? s.kernel[2] : 1, tap = group_elements(c);
   const int64_t run = ceil_div(merged * tap, per_lane) * per_lane, k = s.taps() / merged * run;
   const int64_t panels = ceil_div(s.n, kPanel);
   const bool sums = flavour == Flavour::u8s8;
@@ -83,7 +85,7 @@ void pack(const ConvCase& c, Form form, Plan* plan) {
                  plan->packed.data() + g * bytes},
                 0, panels);
   plan->conv.c = merged * tap;
-  if (flavour == Flavour::u8s8 && form != Form::rows) plan->conv.c = s.c;
+  if (flavour == Flavour::u8s8 && !by_rows(form)) plan->conv.c = s.c;
   plan->conv.taps = s.taps() / merged;
   plan->conv.weight = plan->packed.data();
 }
@@ -91,7 +93,7 @@ void pack(const ConvCase& c, Form form, Plan* plan) {
 // The outputs r + i·stride of a transposed convolution for each remainder r; forward: all at once.
 void make_grids(const ConvCase& c, Form form, Plan* plan) {
   const ConvShape& s = c.s;
-  const int64_t merged = form == Form::rows ? s.kernel[2] : 1;
+  const int64_t merged = by_rows(form) ? s.kernel[2] : 1;
   const bool transposed = form == Form::transposed;
   const int64_t phases = transposed ? s.stride[0] * s.stride[1] * s.stride[2] : 1;
   for (int64_t phase = 0; phase < phases; phase++) {
@@ -117,6 +119,7 @@ void make_grids(const ConvCase& c, Form form, Plan* plan) {
         to.at[axis] = transposed ? spread / s.stride[axis] : along - s.pad[axis];
       }
       if (form == Form::rows) to.at[2] = 0;
+      if (form == Form::runs) grid.run = merged;
       if (seen) taps.push_back(to);
     }
     grid.tap_count = static_cast<int64_t>(taps.size());
@@ -134,7 +137,7 @@ Plan plan_of(const ConvCase& c, Form form, const Kernels& kernel) {
   conv.x = c.x.view();
   if (form == Form::rows) {
     copy_image(c, kernel, c.s.pad[2], c.s.pad_end[2], &p);
-  } else if (c.g.flavour == Flavour::u8s8) {
+  } else if (c.g.flavour == Flavour::u8s8 || form == Form::runs) {
     copy_image(c, kernel, 0, 0, &p);
   }
   pack(c, form, &p);
@@ -162,7 +165,7 @@ void run(Rng& rng, const Plan& p, const Kernels& kernel, const std::vector<Range
 }
 
 void check_case(Rng& rng, const ConvCase& c, Form form, const std::vector<Expected>& expected, Isa isa) {
-  static const char* const kForms[] = {"", ", by rows", ", transposed"};
+  static const char* const kForms[] = {"", ", by rows", ", transposed", ", by runs"};
   const Kernels& kernel = kernels_of(isa);
   const Plan plan = plan_of(c, form, kernel);
   const std::string what = c.describe() + kForms[static_cast<int>(form)];
@@ -210,17 +213,17 @@ ConvCase random_case(Rng& rng, Form form) {
   ConvCase c;
   ConvShape& s = c.s;
   c.transposed = form == Form::transposed;
-  c.g.flavour = static_cast<Flavour>(rng.below(3));
+  c.g.flavour = static_cast<Flavour>(rng.below(form == Form::runs ? 2 : 3));
   do {
     s = plain_shape();
     s.batch = rng.between(1, 3);
-    s.groups = form != Form::rows && rng.chance(3) ? rng.between(2, 3) : 1;
+    s.groups = !by_rows(form) && rng.chance(3) ? rng.between(2, 3) : 1;
     s.c = rng.of(kIn);
     s.n = rng.of(kOut);
     if (rng.chance(4)) choose_axis(rng, s, 0, 3);
     if (!rng.chance(4)) choose_axis(rng, s, 1, 8);
     choose_axis(rng, s, 2, 20);
-    if (form == Form::rows) s.dilation[2] = 1, s.pad_end[2] = std::max(s.pad_end[2], int64_t{0});
+    if (by_rows(form)) s.dilation[2] = 1, s.pad_end[2] = std::max(s.pad_end[2], int64_t{0});
     for (int axis = 0; axis < 3; axis++) {
       const int64_t reach = (s.kernel[axis] - 1) * s.dilation[axis] + 1;
       c.out[axis] = c.transposed ? (s.in[axis] - 1) * s.stride[axis] + reach - s.pad[axis] - s.pad_end[axis] +
@@ -304,7 +307,7 @@ void test_conv_direct(const Options& options) {
   for (int i = 0; i < options.iterations; i++) {
     const uint64_t seed = options.seed * 1000003 + static_cast<uint64_t>(i);
     Rng rng(seed);
-    const Form form = static_cast<Form>(i % 3);
+    const Form form = static_cast<Form>(i % 4);
     ConvCase c = random_case(rng, form);
     check_on_all_tiers(seed, c, form);
   }

@@ -28,6 +28,7 @@ struct ConvGrid {
   int64_t out_begin[3], out_step[3], in_step[3];
   const ConvTap* taps;
   int64_t tap_count;
+  int64_t run;  // pixels along w that a tap reads as one, some of which may lie beyond the image: zeros; 0: one pixel
 };
 
 // How a grid's rows of pixels are cut over threads and blocks: whole, or in pieces where they are long, so that what is

@@ -266,9 +266,12 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
   };
   const int64_t most = cut.is_long() ? cut.piece : block_rows(rows.begin);
   const size_t row_bytes = static_cast<size_t>(taps) * sizeof(char*) + sizeof(Tile) + 1;
-  const char** table = static_cast<const char**>(scratch(ScratchSlot::a_rows, static_cast<size_t>(most) * row_bytes));
+  const size_t copied = static_cast<size_t>(where.copied_bytes(most));
+  const char** table =
+      static_cast<const char**>(scratch(ScratchSlot::a_rows, static_cast<size_t>(most) * row_bytes + copied));
   Tile* cuts = reinterpret_cast<Tile*>(table + taps * most);
-  bool* whole = reinterpret_cast<bool*>(cuts + most);
+  char* copies = reinterpret_cast<char*>(cuts + most);
+  bool* whole = reinterpret_cast<bool*>(copies + copied);
   char* acc = static_cast<char*>(scratch(ScratchSlot::accumulators, static_cast<size_t>(most * tiling.width) * 64));
 
   Range known = {rows.begin, rows.begin};  // what the table is of
@@ -276,7 +279,7 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
     count = block_rows(r0);
     // Where all rows lie at one distance the first block's table serves the others.
     const bool made = distance != 0 && count <= known.end - known.begin;
-    if (!made) where.make(known = {r0, r0 + count}, table, whole);
+    if (!made) where.make(known = {r0, r0 + count}, table, whole, copies);
     sum.shift_rows((r0 - known.begin) * distance);
     const int64_t tiles = cut_rows(tiling, count, whole, cuts);
     bool all_inside = taps > 0;

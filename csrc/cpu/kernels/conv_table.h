@@ -41,6 +41,7 @@ class Table {
       : conv_(conv), grid_(grid), size_(4 / k_per_lane(conv.out_rows.flavour)) {
     const ConvImage& x = conv.x;
     data_ = static_cast<const char*>(x.data) + group * group_bytes(conv);
+    run_ = max64(grid.run, 1);
     offsets_ = static_cast<int64_t*>(
         scratch(ScratchSlot::b_panels, static_cast<size_t>(max64(grid.tap_count, 1)) * sizeof(int64_t)));
     for (int axis = 0; axis < 3; axis++) {
@@ -52,7 +53,7 @@ class Table {
       offsets_[t] = (at[0] * x.stride[0] + at[1] * x.stride[1] + at[2] * x.stride[2]) * size_;
       for (int axis = 0; axis < 3; axis++) {
         low_[axis] = max64(low_[axis], -at[axis]);
-        high_[axis] = min64(high_[axis], x.size[axis] - at[axis]);
+        high_[axis] = min64(high_[axis], x.size[axis] - at[axis] - (axis == 2 ? run_ - 1 : 0));
       }
     }
   }
@@ -78,7 +79,10 @@ class Table {
     return conv_.x.stride[2] * size_;
   }
 
-  void make(Range rows, const char** table, bool* whole) const {
+  // What the copies of runs need, which make fills for so many rows.
+  int64_t copied_bytes(int64_t rows) const { return run_ > 1 ? rows * grid_.tap_count * run_bytes() : 0; }
+
+  void make(Range rows, const char** table, bool* whole, char* copies) const {
     const int64_t taps = grid_.tap_count, step = grid_.in_step[2], pixel = step * conv_.x.stride[2] * size_;
     Pixels p = Pixels::from(grid_, rows.begin);
     for (int64_t r = rows.begin; r < rows.end;) {  // pixels beside each other
@@ -90,8 +94,9 @@ class Table {
       const bool row_inside = inside(0, at[0]) && inside(1, at[1]);
       for (int64_t i = 0; i < count; i++, first += pixel, at[2] += step, table += taps) {
         for (int64_t t = 0; t < taps; t++) table[t] = first + offsets_[t];
-        *whole = row_inside && inside(2, at[2]);
-        if (!*whole++) hide(at, table);
+        const bool inside_row = inside(2, at[2]);
+        *whole++ = row_inside && (inside_row || run_ > 1);
+        if (!row_inside || !inside_row) hide(at, table, !inside_row && run_ > 1 ? &copies : nullptr);
       }
       r += count;
       p.at[2] += count - 1;
@@ -102,17 +107,36 @@ class Table {
  private:
   bool inside(int axis, int64_t at) const { return at >= low_[axis] && at < high_[axis]; }
 
-  // Taps outside the image read zeros.
-  void hide(const int64_t (&at)[3], const char** table) const {
-    for (int64_t t = 0; t < grid_.tap_count; t++)
-      for (int axis = 0; axis < 3; axis++)
-        if (static_cast<uint64_t>(at[axis] + grid_.taps[t].at[axis]) >= static_cast<uint64_t>(conv_.x.size[axis]))
-          table[t] = static_cast<const char*>(conv_.zeros);
+  int64_t run_bytes() const { return run_ * conv_.x.stride[2] * size_; }
+
+  // Taps outside the image read zeros; runs that leave it, a copy.
+  void hide(const int64_t (&at)[3], const char** table, char** copies) const {
+    for (int64_t t = 0; t < grid_.tap_count; t++) {
+      bool hidden = false;
+      for (int axis = 0; axis < (run_ > 1 ? 2 : 3); axis++)
+        hidden = hidden ||
+                 static_cast<uint64_t>(at[axis] + grid_.taps[t].at[axis]) >= static_cast<uint64_t>(conv_.x.size[axis]);
+      if (hidden)
+        table[t] = static_cast<const char*>(conv_.zeros);
+      else if (copies)
+        table[t] = copy_run(table[t], at[2] + grid_.taps[t].at[2], copies);
+    }
+  }
+
+  // Of a run that begins at this pixel of its row.
+  const char* copy_run(const char* from, int64_t w, char** copies) const {
+    const int64_t pixel = run_bytes() / run_, begin = max64(-w, 0), end = min64(conv_.x.size[2] - w, run_);
+    char* to = *copies;
+    std::memset(to, 0, static_cast<size_t>(run_bytes()));
+    if (begin < end) std::memcpy(to + begin * pixel, from + begin * pixel, static_cast<size_t>((end - begin) * pixel));
+    *copies += run_bytes();
+    return to;
   }
 
   const Conv& conv_;
   const ConvGrid& grid_;
   const int64_t size_;
+  int64_t run_;
   const char* data_;
   int64_t* offsets_;
   int64_t low_[3], high_[3];  // where all taps are inside

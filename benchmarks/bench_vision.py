@@ -22,6 +22,9 @@ PROVIDERS = [
     "pybigmodel_compile",
     "pybigmodel_bf16",
     "pybigmodel_int8",
+    "pybigmodel_frozen_fp32",
+    "pybigmodel_frozen_bf16",
+    "pybigmodel_frozen_int8",
 ]
 PROBLEMS = [
     Vision("vision", "fp32", "resnet50", 1),

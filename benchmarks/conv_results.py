@@ -16,6 +16,7 @@ SQUARE, POINTWISE, FIRST, STRIDED, DEPTHWISE = KINDS = (
 TORCH = ("torch_eager", "torch_channels_last")
 PEERS = (*TORCH, "onednn_prepacked", "torch_compile", "onnxruntime", "openvino")
 INT8_PEERS = ("onnxruntime_static", "openvino_static")
+FROZEN = "pybigmodel_frozen"
 VISION_PEERS = {
     "fp32": (*TORCH, "torch_compile", "onnxruntime_fp32", "openvino_fp32"),
     "bf16": ("torch_eager_bf16", "openvino_bf16"),

@@ -8,6 +8,7 @@ from cells import cell, mean, medians, table
 from conv_results import (
     FORWARD,
     FORWARD_BACKWARD,
+    FROZEN,
     INT8,
     INT8_PEERS,
     KINDS,
@@ -89,7 +90,7 @@ def networks(results: list[Result]) -> list[str]:
         group = [r for r in results if r.op == "vision" and r.has(model)]
         for r in sorted(group, key=lambda r: r.size("B") or 0):
             for precision, peers in VISION_PEERS.items():
-                ours, best = f"{OURS}_{precision}", r.best(peers)
+                ours, best = f"{FROZEN}_{precision}", r.best(peers)
                 if ours not in r.rows or best is None:
                     continue
                 rows.append(

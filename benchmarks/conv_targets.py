@@ -9,6 +9,7 @@ from conv_results import (
     FIRST,
     FORWARD,
     FORWARD_BACKWARD,
+    FROZEN,
     INT8,
     INT8_PEERS,
     PEERS,
@@ -19,7 +20,7 @@ from conv_results import (
     VISION_PEERS,
     kind,
 )
-from results import Result
+from results import OURS, Result
 from target import Filter, Target, column, ratio, time_over
 
 
@@ -84,18 +85,20 @@ def _models() -> Iterator[Target]:
 
     resnet = of("resnet50")
     for precision, aim in (("fp32", 0.75), ("bf16", 1.0), ("int8", 1.05)):
-        value = time_over(*VISION_PEERS[precision], ours=f"pybigmodel_{precision}")
-        work = f"ResNet-50 {precision}"
-        yield Target(work, "of the best peer's time", aim, resnet, value, at_most=True)
+        for ours, words in ((FROZEN, ", frozen"), (OURS, "")):
+            value = time_over(*VISION_PEERS[precision], ours=f"{ours}_{precision}")
+            work = f"ResNet-50 {precision}{words}"
+            yield Target(work, "of the best peer's time", aim, resnet, value, at_most=True)
     compiled = "pybigmodel_compile"
     value = time_over(*VISION_PEERS["fp32"], ours=compiled)
     work = "ResNet-50 fp32, our backend"
     yield Target(work, "of the best peer's time", 0.75, resnet, value, at_most=True)
-    agreement = column("agreement", "pybigmodel_fp32")
+    agreement = column("agreement", f"{FROZEN}_fp32")
     work = "top-1 as eager's"
     yield Target("ResNet-50 fp32", work, 0.995, resnet, agreement, digits=3)
     where = of("mobilenetv2")
-    for ours, words in (("pybigmodel_fp32", ""), (compiled, ", our backend")):
+    kinds = (f"{FROZEN}_fp32", ", frozen"), (f"{OURS}_fp32", ""), (compiled, ", our backend")
+    for ours, words in kinds:
         value = time_over("openvino_fp32", ours=ours)
         work = f"MobileNetV2 fp32{words}"
         yield Target(work, "of OpenVINO's time", 1.2, where, value, at_most=True)

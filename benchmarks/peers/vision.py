@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from peers import Contender
 from peers.onnx_export import onnx_file, statically_quantized
 
 _NAMES = ("x",)
+_PRECISIONS = ("fp32", "bf16", "int8")
+_DTYPES = {"bf16": torch.bfloat16}
 _CALIBRATION = 32  # images, other than those that are compared
 
 
@@ -67,21 +69,24 @@ def build_compiled(problem: Vision) -> Contender:
     return _torch(problem, frozen(problem.data.copy(), problem.data.input))
 
 
-def build_ours(problem: Vision, precision: str) -> Contender:
-    example = problem.data.input.contiguous(memory_format=torch.channels_last)
-    model = pbm.optimize(
-        problem.data.copy(), precision, example_inputs=example, inplace=True, keep_original=False
-    )
+@lru_cache(maxsize=3)
+def _optimized(problem: Vision, precision: str) -> nn.Module:
+    """In bf16 everything is in that dtype, as the peers."""
+    model, dtype = problem.data.copy(), _DTYPES.get(precision, torch.float32)
+    example = problem.data.input.to(dtype).contiguous(memory_format=torch.channels_last)
+    products = "int8" if precision == "int8" else "fp32"
+    options = {"example_inputs": example, "inplace": True, "keep_original": False}
+    model = pbm.optimize(model.to(dtype), products, **options)
     if precision == "int8":  # on what ONNX Runtime's is
         pbm.calibrate(model, images(_CALIBRATION, seed=2).split(problem.b))
-    return _torch(problem, model, precision, torch.channels_last)
+    return model
 
 
-def build_ours_bf16(problem: Vision) -> Contender:
-    """Everything in bfloat16, as the peers."""
-    example = problem.data.input.bfloat16().contiguous(memory_format=torch.channels_last)
-    model = pbm.optimize(problem.data.copy().bfloat16(), example_inputs=example, inplace=True)
-    return _torch(problem, model, "bf16", torch.channels_last, torch.bfloat16)
+def build_ours(problem: Vision, precision: str, frozen: bool = False) -> Contender:
+    model = _optimized(problem, precision)
+    dtype = _DTYPES.get(precision, torch.float32)
+    run = pbm.freeze(model) if frozen else model
+    return _torch(problem, run, precision, torch.channels_last, dtype)
 
 
 def build_our_backend(problem: Vision) -> Contender:
@@ -181,8 +186,9 @@ BUILDERS: dict[str, Callable[[Vision], Contender]] = {
     "openvino_fp32": partial(build_openvino, precision="fp32"),
     "openvino_bf16": partial(build_openvino, precision="bf16"),
     "openvino_int8": build_openvino_int8,
-    "pybigmodel_fp32": partial(build_ours, precision="fp32"),
     "pybigmodel_compile": build_our_backend,
-    "pybigmodel_bf16": build_ours_bf16,
-    "pybigmodel_int8": partial(build_ours, precision="int8"),
+    **{f"pybigmodel_{p}": partial(build_ours, precision=p) for p in _PRECISIONS},
+    **{
+        f"pybigmodel_frozen_{p}": partial(build_ours, precision=p, frozen=True) for p in _PRECISIONS
+    },
 }

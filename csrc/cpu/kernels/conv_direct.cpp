@@ -306,7 +306,7 @@ void conv_direct(const Conv& conv, const ConvGrid& grid, int64_t group, Range ro
             sum.fetch(b + tap * tap_bytes + (i < width ? next + i * panel_bytes : 0), i < width ? kGroupBytes : 0);
           else
             sum.fetch(table[tile.row * taps] + (r0 + count - known.begin) * distance,
-                      ceil_div(tile.height * distance, lanes * repeats));
+                      ceil_div(tile.height * distance, max64(lanes * repeats, 1)));
           const bool all_taps = taps > 0 && (tile.inside || !may_skip), last = tap_end == taps;
           const Finish* finish = last && all_taps ? output.finish() : nullptr;
           if (finish) sum.finish_at(output.at(r0 + tile.row, j * kPanel, sums), repeats);

@@ -107,7 +107,7 @@ class Table {
  private:
   bool inside(int axis, int64_t at) const { return at >= low_[axis] && at < high_[axis]; }
 
-  int64_t run_bytes() const { return run_ * conv_.x.stride[2] * size_; }
+  int64_t run_bytes() const { return conv_.c * size_; }  // a row of one pixel may have any stride
 
   // Taps outside the image read zeros; runs that leave it, a copy.
   void hide(const int64_t (&at)[3], const char** table, char** copies) const {
@@ -128,7 +128,9 @@ class Table {
     const int64_t pixel = run_bytes() / run_, begin = max64(-w, 0), end = min64(conv_.x.size[2] - w, run_);
     char* to = *copies;
     std::memset(to, 0, static_cast<size_t>(run_bytes()));
-    if (begin < end) std::memcpy(to + begin * pixel, from + begin * pixel, static_cast<size_t>((end - begin) * pixel));
+    if (begin < end)
+      std::memcpy(to + begin * pixel, from + begin * conv_.x.stride[2] * size_,
+                  static_cast<size_t>((end - begin) * pixel));
     *copies += run_bytes();
     return to;
   }

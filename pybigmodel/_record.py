@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -15,10 +16,35 @@ from pybigmodel._graph.sequence import join
 from pybigmodel._torch_private import recording
 
 Program: TypeAlias = Callable[..., list[Any]]
+_MAYBE = "which may be another one at the next call"
 _REFUSED = {
-    torch.Tag.data_dependent_output: "reads a value of a tensor",
-    torch.Tag.dynamic_output_shape: "gives a tensor whose shape depends on values",
+    torch.Tag.data_dependent_output: f"reads a value of a tensor ({{}}), {_MAYBE}",
+    torch.Tag.dynamic_output_shape: "gives a tensor whose shape depends on values ({})",
 }
+# What reads values without an op.
+_READING = frozenset((Tensor.tolist, Tensor.numpy, Tensor.__array__))
+_NORMS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """What identifies its memory; None for a tensor that has none of its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
+class _Calls(TorchFunctionMode):
+    """Sees what no op sees."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _READING or (
+            func in (torch.tensor_split, Tensor.tensor_split)
+            and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args[1:], kwargs)))
+        ):
+            raise RuntimeError(
+                f"freeze: the model reads a value of a tensor ({func.__name__}), {_MAYBE}"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):
@@ -29,44 +55,39 @@ class Recorder(TorchDispatchMode):
         self._graph = Graph()
         self.constants: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
-        self._own: set[int] = set()  # ids of constants, and of views of them
         self._kept: list[Tensor] = []  # or another tensor might get the id of one that went
+        self._made: set[int | None] = set()  # storages of inputs and results
+        self._own: set[int | None] = set()  # and of constants
+        self._calls = _Calls()
         for i, tensor in enumerate(inputs):
-            self._know(tensor, self._graph.placeholder(f"x{i}"))
+            node = self._graph.placeholder(f"x{i}")
+            if id(tensor) not in self._nodes:
+                self._know(tensor, node)
+                self._made.add(storage_of(tensor))
 
     def __enter__(self) -> Recorder:
         recording.depth = getattr(recording, "depth", 0) + 1
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._calls.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        recording.depth -= 1
+        self._calls.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        recording.depth -= 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for tag, reason in _REFUSED.items():
-            if tag in func.tags:
-                raise RuntimeError(f"freeze: the model {reason} ({func}), which may be another one")
+        _check_known(func, args, kwargs)
         if func is torch.ops.aten.lift_fresh.default:  # a constant in the code, new at each call
             func = torch.ops.aten.clone.default
         # Before the call, which may change what the lists among them hold.
         node = self._graph.call_function(func, *self._read((_with_defaults(func, args), kwargs)))
-        if func._schema.is_mutable:
-            self._check_written(func, args, kwargs)
+        self._check_written(func, args, kwargs)
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
-            self._know(result, node)
-        else:
-            for i, tensor in enumerate(result if isinstance(result, tuple | list) else ()):
-                if isinstance(tensor, Tensor):
-                    self._know(tensor, self._graph.call_function(_item, (node, i)))
-        if any(returned.alias_info is not None for returned in func._schema.returns) and any(
-            id(leaf) in self._own for leaf in tree_leaves((args, kwargs))
-        ):
-            self._own.update(id(leaf) for leaf in tree_leaves(result))
+        self._know_all(result, node)
         return result
 
     def program(self, outputs: Sequence[Tensor]) -> Program:
@@ -75,6 +96,15 @@ class Recorder(TorchDispatchMode):
         _drop_unused(self._graph)
         join(self._graph)
         return _compiled(self._graph, self.constants)
+
+    def _know_all(self, result: Any, node: Node) -> None:
+        if isinstance(result, Tensor):
+            self._know(result, node)
+            if storage_of(result) not in self._own:
+                self._made.add(storage_of(result))
+        elif isinstance(result, tuple | list):
+            for i, part in enumerate(result):
+                self._know_all(part, self._graph.call_function(_item, (node, i)))
 
     def _know(self, tensor: Tensor, node: Node) -> None:
         self._nodes[id(tensor)] = node
@@ -87,26 +117,48 @@ class Recorder(TorchDispatchMode):
         known = self._nodes.get(id(tensor))
         if known is not None:
             return known
+        storage = storage_of(tensor)
+        if storage is not None and storage in self._made:
+            raise RuntimeError(
+                "freeze: the model makes a tensor of another without an op that could be recorded, "
+                "as torch.nn.Parameter(x) does"
+            )
         name = f"c{len(self.constants)}"
         self.constants[name] = tensor.detach()
         first = next(iter(self._graph.nodes))
         with self._graph.inserting_before(first):
             node = self._graph.create_node("get_attr", name)
         self._know(tensor, node)
-        self._own.add(id(tensor))
+        self._own.add(storage)
         return node
 
     def _check_written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            for tensor in tree_leaves(value):
-                if id(tensor) in self._own:
-                    raise RuntimeError(
-                        f"freeze: the model writes to a tensor of its own ({func}), which each "
-                        "call would change again"
-                    )
+        written = [
+            leaf
+            for i, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for leaf in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name))
+        ]
+        if func._schema.name in _NORMS and args[5]:  # statistics, of which the schema is silent
+            written += args[3:5]
+        if any(isinstance(t, Tensor) and storage_of(t) in self._own for t in written):
+            raise RuntimeError(
+                f"freeze: the model writes to a tensor of its own ({func}), which each call would "
+                "change again"
+            )
+
+
+def _check_known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """That the same ops on other values give what the model would."""
+    if func is torch.ops.aten.index.Tensor:  # of integers the shape is theirs
+        masks = (torch.bool, torch.uint8)
+        if not any(isinstance(i, Tensor) and i.dtype in masks for i in args[1]):
+            return
+    if func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None:
+        return
+    for tag, reason in _REFUSED.items():
+        if tag in func.tags:
+            raise RuntimeError(f"freeze: the model {reason.format(func)}")
 
 
 def _item(values: Sequence[Any], i: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,10 +106,10 @@ def test_each_kind_of_inputs_has_a_program() -> None:
     x = torch.randn(3, 4)
     for _ in range(3):
         assert torch.equal(frozen(x)["y"], x)
-    assert len(runs) == 3  # to pack weights, to record, to check
+    assert len(runs) == 3  # to pack weights, to record and to check: on copies
     assert torch.equal(frozen(x, times=3)["y"], 3 * x) and frozen(x, times=3)["times"] == 3
     assert torch.equal(frozen(x.t())["y"], x.t()) and frozen(x.double())["y"].dtype is torch.float64
-    for size in range(2 * MOST):
+    for size in range(MOST + 3):
         assert frozen(torch.ones(size))["y"].numel() == size
     assert len(frozen._programs) == MOST
 
@@ -192,22 +193,57 @@ def _writes(self: Any, x: Tensor) -> Tensor:
     return x
 
 
-REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
-    "item": (lambda self, x: x * x.sum().item(), "reads a value of a tensor"),
-    "branch": (lambda self, x: x if x.sum() > 0 else -x, "reads a value of a tensor"),
-    "nonzero": (lambda self, x: x[x > 0], "whose shape depends on values"),
-    "tolist": (lambda self, x: x * x.tolist()[0][0], "depends on values, or on chance"),
-    "chance": (lambda self, x: x + torch.rand(()), "depends on values, or on chance"),
-    "write": (_writes, "writes to a tensor of its own"),
-    "result": (lambda self, x: Unknown(), "the model must give tensors.*Unknown"),
+def _appends(self: Any, x: Tensor, cache: list[Tensor]) -> Tensor:
+    cache.append(x)
+    return torch.cat(cache)
+
+
+def _writes_a_part(self: Any, x: Tensor) -> Tensor:
+    self.weight.unsafe_chunk(3)[0].add_(1)
+    return x
+
+
+def _normalises(self: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, self.mean, self.variance, training=True)
+
+
+X = torch.arange(9.0).view(3, 3)
+REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
+    "item": (lambda self, x: x * x.sum().item(), (X,), "reads a value of a tensor"),
+    "branch": (lambda self, x: x if x.sum() > 0 else -x, (X,), "reads a value of a tensor"),
+    "tolist": (lambda self, x: x * x.tolist()[0][1], (X,), r"reads a value of a tensor \(tolist"),
+    "numpy": (lambda self, x: x / x.numpy().max(), (X,), r"reads a value of a tensor \(numpy"),
+    "split": (
+        lambda self, x, at: torch.tensor_split(x, at)[0],
+        (X, torch.tensor([1])),
+        r"reads a value of a tensor \(tensor_split",
+    ),
+    "nonzero": (lambda self, x: x[x > 0], (X,), "whose shape depends on values"),
+    "parameter": (
+        lambda self, x: nn.Parameter(x) * 1,
+        (X,),
+        "without an op that could be recorded",
+    ),
+    "hidden": (lambda self, x: x + len(repr(x)), (X,), "reads a value|depends on values"),
+    "chance": (lambda self, x: x + torch.rand(()), (X,), "depends on values, or on chance"),
+    "dropout": (lambda self, x: F.dropout(x, 0.5, True), (X * 0,), "depends on values, or on"),
+    "write": (_writes, (X,), "writes to a tensor of its own"),
+    "write to a part": (_writes_a_part, (X,), "writes to a tensor of its own"),
+    "statistics": (_normalises, (X,), "writes to a tensor of its own"),
+    "result": (lambda self, x: Unknown(), (X,), "the model must give tensors.*Unknown"),
+    "container": (_appends, (X, []), "changes a list or a dict that it is given"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name: str) -> None:
-    forward, message = REFUSED[name]
+    forward, inputs, message = REFUSED[name]
+    layer = nn.Linear(3, 3).requires_grad_(False)
+    layer.mean, layer.variance = torch.zeros(3), torch.ones(3)
+    before = copy.deepcopy(inputs)
     with pytest.raises((RuntimeError, TypeError), match=message):
-        pbm.freeze(of_code(forward, nn.Linear(3, 3)), torch.randn(3, 3))
+        pbm.freeze(of_code(forward, layer))(*inputs)
+    assert str(inputs) == str(before)
 
 
 def test_bad_calls() -> None:
@@ -222,13 +258,83 @@ def test_bad_calls() -> None:
         frozen(torch.randn(2, 3))
     with pytest.raises(RuntimeError, match=r"must match|cannot be multiplied"):
         frozen(torch.randn(2, 4))  # torch's own error
-    for change in (frozen.train, frozen.double, lambda: frozen.to("cpu")):
-        with pytest.raises(RuntimeError, match="the model it was made from"):
-            change()
-    for copied in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
-            copied(frozen)
-    assert frozen.eval() is frozen and not frozen.training
+    with pytest.raises(RuntimeError, match="the model it was made from"):
+        frozen.double()
+    assert nn.Sequential(frozen).train()[0] is frozen and not frozen.training
+
+
+def test_copies_record_anew() -> None:
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    frozen = pbm.freeze(model, x)
+    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert not other._programs and torch.equal(other(x), frozen(x))
+
+
+def test_weights_are_followed() -> None:
+    model, x = pbm.optimize(nn.Linear(3, 3)), torch.randn(2, 3)
+    frozen = pbm.freeze(model, x)
+    for weights in (torch.randn(3, 3), torch.zeros(3, 3)):
+        frozen.load_state_dict({"model.weight": weights, "model.bias": weights[0]})
+        with torch.no_grad():
+            assert torch.equal(frozen(x), model(x))
+    with torch.no_grad():
+        model.weight.add_(1)
+        assert torch.equal(frozen(x), model(x))
+
+
+def test_one_tensor_given_twice() -> None:
+    frozen = pbm.freeze(of_code(lambda self, a, b: 2 * a + b))
+    one = torch.ones(3)
+    assert torch.equal(frozen(one, one), 3 * one)
+    assert torch.equal(frozen(one, 0 * one), 2 * one)
+    x = torch.randn(3)
+    assert torch.equal(frozen(x, x), 2 * x + x)
+
+
+def test_the_first_call_runs_once_on_what_it_is_given() -> None:
+    frozen = pbm.freeze(of_code(lambda self, x, y: (x.add_(1), y * 2)))
+    both = torch.zeros(4)
+    assert torch.equal(frozen(both[:2], both[1:3])[1], torch.tensor([2.0, 0.0]))
+    assert both.tolist() == [1, 1, 0, 0]
+
+
+def test_layouts_of_inputs() -> None:
+    """Expanded, overlapping and sliced ones."""
+    layer = nn.Embedding(4, 3)
+    ids = torch.arange(4)[None].expand(2, 4)
+    assert torch.equal(pbm.freeze(layer)(ids), layer(ids))
+    windows = torch.arange(8.0).unfold(0, 3, 1)
+    assert torch.equal(pbm.freeze(of_code(lambda self, x: x + 1))(windows), windows + 1)
+    part = torch.arange(12.0).view(3, 4)[:, 1:]
+    shifted = pbm.freeze(of_code(lambda self, x: x.as_strided((2, 2), (4, 1), 2) * 1))
+    assert torch.equal(shifted(part), part.as_strided((2, 2), (4, 1), 2))
+
+
+def test_usual_code() -> None:
+    def forward(self: Any, x: Tensor, order: Tensor) -> Tensor:
+        x = x @ self.weight
+        x += self.bias
+        x.add_(self.bias)
+        x = F.relu(x, inplace=True)
+        copied = torch.empty_like(self.weight)
+        copied.copy_(self.weight).mul_(2)
+        return x[order] + copied
+
+    model = of_code(forward, nn.Linear(3, 3).requires_grad_(False))
+    frozen = pbm.freeze(model)
+    for order in ([2, 0, 1], [0, 1, 2]):
+        x = torch.randn(3, 3)
+        assert torch.equal(frozen(x, torch.tensor(order)), model(x, torch.tensor(order)))
+
+
+def test_first_calls_of_threads() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    frozen = pbm.freeze(model)
+    sizes = [size for size in range(2, 10) for _ in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda size: frozen(torch.ones(size, 4)), sizes))
+    assert [len(result) for result in results] == sizes and len(frozen._programs) == 8
+    assert all(module.training for module in model.modules())
 
 
 def test_a_model_in_training_mode_is_frozen_in_eval_mode_and_stays() -> None:

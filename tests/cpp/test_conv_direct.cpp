@@ -299,10 +299,32 @@ void test_nothing(uint64_t seed) {
     }
 }
 
+// One row of taps that begins in the image and ends beyond it, over more rows than a block has; rows in pieces.
+void test_runs(uint64_t seed) {
+  for (const int64_t width : {50, 1300})
+    for (const Flavour flavour : {Flavour::f32, Flavour::bf16})
+      for (const Form form : {Form::forward, Form::rows, Form::runs}) {
+        Rng rng(seed++);
+        ConvCase c;
+        c.g.flavour = flavour;
+        c.s = plain_shape();
+        c.s.batch = 4;
+        c.s.c = 3;
+        c.s.n = 20;
+        c.s.in[2] = width;
+        c.s.kernel[2] = 2;
+        c.s.pad_end[2] = 1;
+        for (int axis = 0; axis < 3; axis++) c.out[axis] = c.s.out(axis);
+        give_operands(rng, c);
+        check_on_all_tiers(seed, c, form);
+      }
+}
+
 }  // namespace
 
 void test_conv_direct(const Options& options) {
   test_long(options.seed);
+  test_runs(options.seed);
   test_nothing(options.seed);
   for (int i = 0; i < options.iterations; i++) {
     const uint64_t seed = options.seed * 1000003 + static_cast<uint64_t>(i);

@@ -135,6 +135,8 @@ GEOMETRIES = [
     Geometry(2, (20, 18), (23,), (5,), stride=(2,), padding=((2, 3),)),
     Geometry(2, (19, 19), (30,), (4,), dilation=(3,), padding=((0, 9),), groups=19),
     Geometry(2, (3, 20), (40,), (9,), padding=same(9)),
+    Geometry(4, (12, 20), (50,), (2,), padding=same(2)),  # one tap, whose last run leaves the image
+    Geometry(2, (5, 18), (1500,), (3,), padding=same(3)),  # rows in pieces
     Geometry(1, (6, 17), (4, 5, 6), (3, 2, 3), padding=((1, 1), (0, 1), (2, 0))),
     Geometry(1, (4, 4), (5, 4, 9), (3, 3, 3), stride=(2, 1, 2), padding=same(3, 3, 3), groups=4),
     Geometry(1, (5, 6), (4, 6, 7), (2, 3, 2), dilation=(2, 1, 2), stride=(1, 2, 1)),

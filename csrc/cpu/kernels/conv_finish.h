@@ -72,9 +72,9 @@ PBM_INLINE void finish_pairs(const Finish& f, const FinishAt& at, Vec (&acc)[MR]
     const int64_t col = j * kWidth;
     const Vec bias0 = at.bias ? load(at.bias + col) : zero(), bias1 = at.bias ? load(at.bias + col + kWidth) : zero();
     PBM_UNROLL for (int i = 0; i < MR; i++) {
-      const float* sums = before + i * ldc + col;
-      const Vec sum0 = before ? add(load(sums), acc[i][j]) : acc[i][j];
-      const Vec sum1 = before ? add(load(sums + kWidth), acc[i][j + 1]) : acc[i][j + 1];
+      const int64_t at_sum = i * ldc + col;
+      const Vec sum0 = before ? add(load(before + at_sum), acc[i][j]) : acc[i][j];
+      const Vec sum1 = before ? add(load(before + at_sum + kWidth), acc[i][j + 1]) : acc[i][j + 1];
       store_bf16_pair(out + i * f.out_row + col, finished(f, at, sum0, bias0, i, col, kWidth),
                       finished(f, at, sum1, bias1, i, col + kWidth, kWidth), past_caches);
     }

@@ -67,6 +67,7 @@ class Table {
 
   // Bytes between one row and the next where this is the same for all and there is one tap; else 0.
   int64_t distance() const {
+    if (hides()) return 0;  // a run may begin inside of the image and end beyond it
     if (grid_.tap_count != 1 || grid_.in_step[0] * grid_.in_step[1] * grid_.in_step[2] != 1) return 0;
     int64_t stride = conv_.x.stride[2];
     for (int axis = 2; axis >= 0; axis--) {

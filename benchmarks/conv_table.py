@@ -90,7 +90,8 @@ def networks(results: list[Result]) -> list[str]:
         group = [r for r in results if r.op == "vision" and r.has(model)]
         for r in sorted(group, key=lambda r: r.size("B") or 0):
             for precision, peers in VISION_PEERS.items():
-                ours, best = f"{FROZEN}_{precision}", r.best(peers)
+                frozen, best = f"{FROZEN}_{precision}", r.best(peers)
+                ours = frozen if frozen in r.rows else f"{OURS}_{precision}"
                 if ours not in r.rows or best is None:
                     continue
                 rows.append(

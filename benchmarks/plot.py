@@ -1,4 +1,5 @@
-"""Draws docs/img/*.svg from benchmarks/results: rooflines, bars per shape, attention, MiniLM.
+"""Draws docs/img/*.svg from benchmarks/results: rooflines, bars per shape, attention,
+convolutions, MiniLM.
 
 Usage: python benchmarks/plot.py [--results FOLDER] [--out docs/img] [--threads 2]
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import plot_attention
+import plot_conv
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -164,6 +166,7 @@ def main() -> None:
         figures["minilm"] = minilm(results)
     for precision in plot_attention.precisions(results):
         figures[f"attention_{precision}"] = plot_attention.over_length(results, precision)
+    figures |= plot_conv.figures(results)
     if not figures:
         parser.error(f"no rows for {options.threads} threads in {options.results}")
     options.out.mkdir(parents=True, exist_ok=True)

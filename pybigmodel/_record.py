@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pybigmodel._graph.sequence import join
 from pybigmodel._torch_private import recording
 
 Program: TypeAlias = Callable[..., list[Any]]
@@ -92,6 +91,8 @@ class Recorder(TorchDispatchMode):
 
     def program(self, outputs: Sequence[Tensor]) -> Program:
         """A function of the inputs that gives such outputs."""
+        from pybigmodel._graph.sequence import join
+
         self._graph.output(self._read(list(outputs)))
         _drop_unused(self._graph)
         join(self._graph)

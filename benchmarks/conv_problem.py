@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -46,22 +47,24 @@ class ConvProblem(Problem):
         return self.b, self.c, self.h, self.h
 
     @property
+    @abstractmethod
     def weight_shape(self) -> Shape:
-        raise NotImplementedError
+        """As torch's layer has it."""
 
     @property
+    @abstractmethod
     def output_shape(self) -> Shape:
-        raise NotImplementedError
+        """With the batch."""
 
     @property
+    @abstractmethod
     def terms(self) -> float:
         """Products in the sum of one output, on average."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def geometry(self) -> dict[str, Any]:
         """What torch's functions and layers take beside the tensors."""
-        raise NotImplementedError
 
     @property
     def function(self) -> Callable[..., Tensor]:

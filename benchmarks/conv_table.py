@@ -96,7 +96,7 @@ def networks(results: list[Result]) -> list[str]:
                     continue
                 rows.append(
                     [
-                        f"{name} {precision}",
+                        f"{name} {precision}{', frozen' if ours == frozen else ''}",
                         str(r.size("B")),
                         cell(_milliseconds(r, ours), ".2f"),
                         cell(r.speedup(("torch_eager",), ours=ours), ".2f", "×"),

@@ -85,6 +85,7 @@ def _judged(row: Row, trial: Trial | None, taken: Taken) -> Row:
         replaced_by=None,
         bytes_after=row.bytes_before,
         left=not_faster(speedup),
+        in_float=None,
     )
 
 

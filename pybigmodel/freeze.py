@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure, tree_unf
 
 from pybigmodel._measure import difference, eval_mode, split_inputs
 from pybigmodel._record import Program, Recorder, storage_of
+from pybigmodel._report import log
 from pybigmodel._torch_private import autocast_enabled
 
 MOST = 64  # kinds of inputs; of more the oldest is forgotten
@@ -115,7 +116,8 @@ def freeze(model: nn.Module, example_inputs: Any = None) -> Frozen:
     (``item()``, branches, ``tolist()``, ``numpy()``; transformers' models do with a mask of two
     dimensions, and want one of four or none, and ``use_cache=False``), whose shapes depend on them,
     that draws random numbers, or that writes to tensors of its own. Each program is run beside the
-    model on other values before it is used.
+    model on other values before it is used; where the model fails on these, on the given ones, and
+    a warning in the log says so.
 
     Args:
         model: any torch.nn.Module; it is run in eval mode, and stays as it is.
@@ -196,9 +198,10 @@ def _check(model: nn.Module, known: _Recorded, leaves: list[Any], spec: TreeSpec
     for copied in (_others, _copied):
         try:
             expected, of_expected = tree_flatten(_run(model, copied(leaves), spec))
-        except Exception:  # values that mean nothing to the model: these have to do
+        except Exception as error:  # values that mean nothing to the model: the given have to do
             if copied is _copied:
                 raise
+            log.warning("freeze: checked on the given values alone, others fail: %s", error)
             continue
         tensors = [leaf for leaf in copied(leaves) if isinstance(leaf, Tensor)]
         got, of_got = tree_flatten(known.outputs(tensors))

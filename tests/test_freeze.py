@@ -310,6 +310,18 @@ def test_layouts_of_inputs() -> None:
     assert torch.equal(shifted(part), part.as_strided((2, 2), (4, 1), 2))
 
 
+def test_where_other_values_fail_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Shuffled integers are no indices here."""
+    table, ids = torch.randn(2, 3), torch.tensor([1, 0, -2, 1])
+    frozen = pbm.freeze(of_code(lambda self, at, big: table[at // big]))
+    assert torch.equal(frozen(ids, torch.tensor([1, 1, 1, 1])), table[ids])
+    assert "checked on the given values" not in caplog.text
+    sizes = torch.tensor([4, 1])
+    frozen = pbm.freeze(of_code(lambda self, at: table[at - torch.tensor([3, 0])]))
+    assert torch.equal(frozen(sizes), table[[1, 1]])
+    assert "checked on the given values alone, others fail" in caplog.text
+
+
 def test_usual_code() -> None:
     def forward(self: Any, x: Tensor, order: Tensor) -> Tensor:
         x = x @ self.weight
